@@ -1,0 +1,112 @@
+"""Every path that Winnow builds, under ``WINNOW_HOME`` (default ``.winnow`` in the working directory).
+
+No other module joins these names by hand, so the layout on disk is this page.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?")
+NAME_RULE = "letters, digits, '-' and '_' only, first and last a letter or digit, at most 63 characters"
+
+
+def home() -> Path:
+    """The absolute root of all that Winnow stores."""
+    return Path(os.environ.get("WINNOW_HOME") or ".winnow").absolute()
+
+
+def check_name(kind: str, name: str) -> str:
+    """``name`` itself, if it may become one directory's name and part of a URL.
+
+    Raises:
+        ValueError: it may not; slashes and dots would leave the directory that it is meant for.
+    """
+    if not _NAME.fullmatch(name) or len(name) > 63:
+        raise ValueError(f"{kind} must be {NAME_RULE}, but got {name!r}")
+    return name
+
+
+def expand(path: str) -> Path:
+    """A path from a definition: ``${WINNOW_HOME}`` and ``~`` replaced, relative to the working directory."""
+    return Path(path.replace("${WINNOW_HOME}", str(home()))).expanduser().absolute()
+
+
+def bases() -> Path:
+    return home() / "bases"
+
+
+def datasets() -> Path:
+    return home() / "datasets"
+
+
+def runs() -> Path:
+    return home() / "runs"
+
+
+def run_dir(run_id: str) -> Path:
+    return runs() / check_name("a run id", run_id)
+
+
+def sweep_file(run_id: str) -> Path:
+    return run_dir(run_id) / "sweep.json"
+
+
+def result_file(run_id: str) -> Path:
+    return run_dir(run_id) / "result.json"
+
+
+def report_file(run_id: str) -> Path:
+    return run_dir(run_id) / "report.html"
+
+
+def study_file(run_id: str) -> Path:
+    """Optuna's journal: the record of every trial."""
+    return run_dir(run_id) / "optuna.journal"
+
+
+def lock_file(run_id: str) -> Path:
+    """Held by the one driver that may write the run."""
+    return run_dir(run_id) / "driver.lock"
+
+
+def scores_file(run_id: str, contestant: str) -> Path:
+    """Scores and answers of the base or the winner on the test split and the general set."""
+    return run_dir(run_id) / f"scores-{contestant}.json"
+
+
+def trials_dir(run_id: str) -> Path:
+    """Ray Tune's experiment directory, one directory a trial in it."""
+    return run_dir(run_id) / "trials"
+
+
+def trial_dir(run_id: str, trial_id: str) -> Path:
+    return trials_dir(run_id) / check_name("a trial id", trial_id)
+
+
+def adapter_dir(run_id: str, trial_id: str) -> Path:
+    return trial_dir(run_id, trial_id) / "adapter"
+
+
+def registry() -> Path:
+    return home() / "registry"
+
+
+def model_dir(model: str) -> Path:
+    return registry() / check_name("a model's name", model)
+
+
+def version_dir(model: str, version: str) -> Path:
+    return model_dir(model) / check_name("a model's version", version)
+
+
+def serving_state_file() -> Path:
+    """Which Ray cluster ``python -m serving deploy`` started, so that ``stop`` ends that one and no other."""
+    return home() / "serving.json"
+
+
+def serving_log() -> Path:
+    """What that cluster's head node says."""
+    return home() / "serving.log"

@@ -1,0 +1,136 @@
+"""The Ray session: join the cluster that ``RAY_ADDRESS`` names, or start one here and end it again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+AUTH_TOKEN = Path("~/.ray/auth_token")
+
+# Set before ray is imported. Workers of a local cluster inherit them.
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def quieten() -> None:
+    """Environment defaults under which Ray leaves standard error to us. Call before importing ray."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """A connection to Ray for the block: ``address``, ``RAY_ADDRESS``, or a local cluster that ends with the block."""
+    quieten()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not address:
+        options["include_dashboard"] = False
+    ray.init(address or "local", **options)
+    protect_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def protect_token() -> None:
+    """Make Ray's authentication token readable by its owner alone; ``ray.init`` may write it world-readable."""
+    token = AUTH_TOKEN.expanduser()
+    if token.exists() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head node that outlives its starter. ``started`` tells its process from a later one of the same number."""
+
+    address: str
+    pid: int
+    started: float
+
+    def is_alive(self) -> bool:
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+        except psutil.NoSuchProcess:
+            return False
+
+    def stop(self, timeout_s: float = 20) -> None:
+        """End this node and every process under it; no other Ray on the machine is touched."""
+        if not self.is_alive():
+            return
+        family = [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]
+        psutil.Process(self.pid).terminate()  # ray start --block ends its own in order
+        _, left = psutil.wait_procs(family, timeout=timeout_s)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def start_head(log: Path, num_cpus: float | None = None, timeout_s: float = 60) -> Head:
+    """Start a Ray head node on loopback, in a session of its own, its output in ``log``.
+
+    Raises:
+        RuntimeError: it ended, or did not answer within ``timeout_s``; the message carries its last words.
+    """
+    quieten()
+    from ray._common.network_utils import find_free_port
+
+    ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port")}
+    command = [ray_command(), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += ["--include-dashboard=false", "--disable-usage-stats", *(f"{k}={v}" for k, v in ports.items())]
+    command += [f"--num-cpus={num_cpus:g}"] if num_cpus else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    head = Head(f"127.0.0.1:{ports['--port']}", process.pid, psutil.Process(process.pid).create_time())
+    deadline = time.monotonic() + timeout_s
+    while "Ray runtime started" not in log.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            head.stop()
+            raise RuntimeError(f"ray start failed: {log.read_text(errors='replace').strip()[-500:]}")
+        time.sleep(0.2)
+    protect_token()
+    return head
+
+
+def ray_command() -> str:
+    """The ``ray`` program that belongs to this interpreter."""
+    beside = Path(sys.executable).with_name("ray")
+    return str(beside) if beside.exists() else "ray"
+
+
+def check_fits(wanted: dict[str, float], total: dict[str, float]) -> None:
+    """Whether one trial of ``wanted`` resources fits a cluster of ``total``.
+
+    Raises:
+        ValueError: more of a resource is wanted than the whole cluster has, so the trial would wait for ever.
+    """
+    for name, amount in wanted.items():
+        if amount > total.get(name, 0):
+            raise ValueError(
+                f"resources: a trial wants {amount:g} {name} but the cluster has {total.get(name, 0):g}; "
+                f"ask for less in 'resources' or run on a larger cluster"
+            )

@@ -1,0 +1,1 @@
+"""How a winner reaches users: registry, engine, application, rollout. Imports only ``cluster`` of ours."""

@@ -1,0 +1,46 @@
+"""The Serve application of one model: ``serve run serving.app:build model=NAME``, or a RayService's import path."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray.serve import Application
+from ray.serve.llm import build_openai_app
+
+from serving import registry
+from serving.engine import llm_config
+from serving.spec import ServingSpec
+
+
+class AppArgs(BaseModel):
+    """What the builder takes: a registered model, ``NAME`` or ``NAME@VERSION``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+
+
+def build(args: AppArgs) -> Application:
+    """The OpenAI-compatible application of ``args.model``: ingress and engine, both with limits.
+
+    Raises:
+        ValueError: no such model or version.
+    """
+    version = registry.find(args.model)
+    spec = ServingSpec.model_validate_json(json.dumps(version.record["serving"]))
+    return build_openai_app(
+        {"llm_configs": [llm_config(version, spec)], "ingress_deployment_config": _ingress_options(spec)}
+    )
+
+
+def _ingress_options(spec: ServingSpec) -> dict[str, Any]:
+    """The ingress takes what all replicas together take, and queues no more than one of them."""
+    ongoing = spec.max_ongoing_requests * spec.autoscaling_config.max_replicas
+    return {
+        "num_replicas": 1,
+        "max_ongoing_requests": ongoing + spec.max_queued_requests,
+        "max_queued_requests": spec.max_queued_requests,
+        "ray_actor_options": {"num_cpus": 0},
+    }

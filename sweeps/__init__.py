@@ -1,0 +1,1 @@
+"""Which trials run and which one wins: definition, search, gate, promotion, report."""

@@ -1,0 +1,194 @@
+"""``python -m sweeps``: validate, plan, run, resume, status, report, submit, promote, schema.
+
+Heavy imports stay inside the commands that need them, so that ``validate`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sweeps import loading
+
+DONE, FAILED, WRONG_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    definition = loading.load(arguments.definition)
+    loading.check_inputs(definition)
+    fields = ", ".join(definition.search.space)
+    say(f"{arguments.definition}: valid; {definition.search.num_samples} trials over {fields}")
+    answer(arguments, {"valid": True, "name": definition.name})
+    return DONE
+
+
+def schema(_: argparse.Namespace) -> int:
+    from sweeps.definition import SweepDefinition
+
+    print(json.dumps(SweepDefinition.model_json_schema(), indent=2))
+    return DONE
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    definition = loading.load(arguments.definition)
+    loading.check_inputs(definition)
+    from sweeps import plan as plans
+    from trainables import base, snapshot
+
+    tokenizer = base.load_tokenizer(definition.base_model)
+    data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)
+    say(snapshot.summary_line(data))
+    planned = plans.plan(definition, data.count("train"), data.manifest["splits"]["train"]["trained_tokens"])
+    for name, value in planned.items():
+        say(f"  {name:22} {value}")
+    answer(arguments, planned)
+    return DONE
+
+
+def run(arguments: argparse.Namespace) -> int:
+    definition = loading.load(arguments.definition)
+    loading.check_inputs(definition)
+    from sweeps.run import run as run_sweep
+
+    return _finish(arguments, run_sweep(definition))
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    from sweeps.run import run as run_sweep
+    from sweeps.run import stored_definition
+
+    definition = stored_definition(arguments.run)
+    loading.check_inputs(definition)
+    return _finish(arguments, run_sweep(definition, arguments.run))
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sweeps.run import stored_definition
+    from sweeps.search import study, table
+
+    definition = stored_definition(arguments.run)
+    trials = study.records(study.open_study(arguments.run, definition.search))
+    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(
+        table.trials_table(trials, definition.search.num_samples)
+    )
+    answer(arguments, {"run_id": arguments.run, "trials": [trial.as_result() for trial in trials]})
+    return DONE
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from sweeps.report import write_report
+
+    page = write_report(arguments.run)
+    say(f"report: {page}")
+    answer(arguments, {"run_id": arguments.run, "report": str(page)})
+    return DONE
+
+
+def promote(arguments: argparse.Namespace) -> int:
+    from sweeps.run import promote_trial
+
+    return _finish(arguments, promote_trial(arguments.run, arguments.trial))
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    loading.load(arguments.definition)
+    from sweeps import jobs
+
+    code, last = jobs.submit(arguments.definition, arguments.address, arguments.wait)
+    if arguments.json:
+        print(last if arguments.wait else json.dumps({"job_id": last}))
+    return code
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def answer(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
+    """The last line of standard output, for programs."""
+    if arguments.json:
+        print(json.dumps(value), flush=True)
+
+
+def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Say how a run ended and what to do next; its exit status."""
+    from cluster import paths
+
+    for check in (result["gate"] or {"checks": []})["checks"]:
+        passed = "passed" if check["passed"] else "FAILED"
+        say(f"gate: {passed}  {check['name']} {check['value']} (limit {check['limit']})")
+    if result["trials"]:
+        say(f"report: {paths.report_file(result['run_id'])}")
+    endings = {
+        "accepted": (DONE, "accepted"),
+        "rejected": (REJECTED, "rejected by the gate; nothing was registered"),
+        "interrupted": (INTERRUPTED, f"interrupted; go on with: python -m sweeps resume {result['run_id']}"),
+    }
+    code, line = endings[result["status"]]
+    if result["model"]:
+        line = f"accepted: {result['model']['name']}@{result['model']['version']} is production"
+    say(line)
+    answer(arguments, result)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps", description="Search, prove and register fine-tuned models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function: Any, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=summary, description=summary)
+        command.set_defaults(function=function)
+        command.add_argument("--json", action="store_true", help="end standard output with one JSON object")
+        return command
+
+    for function, summary in {
+        validate: "check a definition and the files it names",
+        plan: "show what a sweep would do",
+        run: "run a sweep, from data to registered model",
+    }.items():
+        add(function, summary).add_argument("definition", type=Path, metavar="DEF")
+    for function, summary in {
+        resume: "go on with an interrupted run",
+        status: "show the trials of a run",
+        report: "write report.html again",
+    }.items():
+        add(function, summary).add_argument("run", metavar="RUN")
+    command = add(promote, "gate and register one trial of a run")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--trial", metavar="ID", help="default: the run's best")
+    command = add(submit, "run a sweep as a job on a Ray cluster")
+    command.add_argument("definition", type=Path, metavar="DEF")
+    command.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://host:8265")
+    command.add_argument("--no-wait", dest="wait", action="store_false", help="return at once")
+    add(schema, "print the JSON Schema of a definition")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line and 2, anything else that fails is 1 with its trace."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except ValueError as error:
+        say(f"error: {error}")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        say("interrupted before a run began; start it again with the same command")
+        return INTERRUPTED
+    except Exception as error:  # the process boundary: everything left is Winnow's or the cluster's
+        traceback.print_exc()
+        say(f"error: {error}")
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

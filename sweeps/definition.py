@@ -1,0 +1,200 @@
+"""The sweep definition: what a user writes in YAML, checked as it loads. Imports no heavy library."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cluster import paths
+from serving.spec import ServingSpec
+from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, Fraction, Spec, TrainingSpec
+
+Scalar = int | float | str | bool
+
+
+class DistributionSpec(Spec):
+    """One searched field, in Optuna's words: either ``choices``, or ``low`` and ``high`` with ``log`` or ``step``."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    step: int | float | None = None
+    choices: tuple[Scalar, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DistributionSpec:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.step is not None:
+                raise ValueError("give either choices, or low and high, not both")
+            if not self.choices:
+                raise ValueError("choices must name at least one value, but got none")
+        else:
+            self._check_range()
+        return self
+
+    def _check_range(self) -> None:
+        if self.low is None or self.high is None:
+            raise ValueError("give choices, or both low and high")
+        if self.low > self.high:
+            raise ValueError(f"low must be at most high, but got low={self.low} and high={self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low must be above 0 where log is true, but got {self.low}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"step must be above 0, but got {self.step}")
+
+    def extremes(self) -> tuple[Scalar, ...]:
+        """Values that bound what can be suggested: all choices, or low and high."""
+        if self.choices is not None:
+            return self.choices
+        return self.bounds()
+
+    def bounds(self) -> tuple[float, float]:
+        """``low`` and ``high`` of a range."""
+        assert self.low is not None, "a range, not choices"
+        assert self.high is not None, "a range, not choices"
+        return self.low, self.high
+
+    def contains(self, value: Scalar) -> bool:
+        """Whether the sampler could suggest ``value``."""
+        if self.choices is not None:
+            return value in self.choices
+        low, high = self.bounds()
+        return not isinstance(value, (str, bool)) and low <= value <= high
+
+
+class SearchSpec(Spec):
+    """Which hyperparameters are searched, how, and how many trials. Names are Ray Tune's and Optuna's."""
+
+    space: dict[str, DistributionSpec] = Field(min_length=1, description="Any field of 'training'.")
+    sampler: Literal["tpe", "random"] = "tpe"
+    n_startup_trials: Annotated[int, Field(ge=1)] = Field(6, description="Random trials before TPE starts.")
+    seed: int = 0
+    points_to_evaluate: tuple[dict[str, Scalar], ...] = Field((), description="Warm start: tried first, in order.")
+    num_samples: Annotated[int, Field(ge=1)] = Field(description="Trials in all.")
+    max_concurrent_trials: Annotated[int, Field(ge=1)] = 2
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        1, description="Times a trial that lost its process goes on from its last checkpoint."
+    )
+
+    @model_validator(mode="after")
+    def _points_lie_in_space(self) -> SearchSpec:
+        for index, point in enumerate(self.points_to_evaluate):
+            for name, value in point.items():
+                where = f"points_to_evaluate.{index}.{name}"
+                if name not in self.space:
+                    raise ValueError(f"{where}: must be one of the space's fields {sorted(self.space)}")
+                if not self.space[name].contains(value):
+                    raise ValueError(f"{where}: must lie in the space, but got {value!r}")
+        return self
+
+
+class SchedulerSpec(Spec):
+    """When a trial is stopped early: Ray Tune's ASHA on eval loss."""
+
+    type: Literal["asha", "none"] = "asha"
+    grace_period: Annotated[float, Field(gt=0)] = Field(1, description="Epochs before a trial may be stopped.")
+    reduction_factor: Annotated[float, Field(gt=1)] = 3
+
+
+class GateSpec(Spec):
+    """What the winner has to reach to be registered."""
+
+    metric: Literal["exact_match", "json_validity"] = "exact_match"
+    min_score: Fraction = 0.5
+    min_gain: Annotated[float, Field(ge=-1, le=1)] = Field(0.02, description="Over the base, same metric.")
+    max_general_loss: Fraction = Field(0.05, description="Exact match lost on the general set.")
+    max_merge_loss_difference: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="Between the merged model's eval loss and the adapter's, in nats a token."
+    )
+    min_merge_agreement: Fraction = Field(0.95, description="Share of greedy answers equal before and after merging.")
+
+
+class ResourcesSpec(Spec):
+    """What one trial, and one evaluation, takes. Fractions of a GPU are allowed."""
+
+    cpus_per_trial: Annotated[float, Field(gt=0)] = 1
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+
+    def as_ray(self) -> dict[str, float]:
+        """Ray's resource names, without zero amounts."""
+        wanted = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial}
+        return {name: amount for name, amount in wanted.items() if amount}
+
+
+class TrackingSpec(Spec):
+    """W&B. The key comes from the environment alone; without one, runs are written for a later ``wandb sync``."""
+
+    enabled: bool = True
+    project: str = "winnow"
+    upload_timeout_s: Annotated[int, Field(ge=1)] = 30
+
+
+class SweepDefinition(Spec):
+    """One sweep, from data to served model."""
+
+    name: str = Field(description="Also the name of the registered model.")
+    base_model: BaseModelSpec
+    data: DataSpec
+    search: SearchSpec
+    scheduler: SchedulerSpec = SchedulerSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    gate: GateSpec = GateSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    serving: ServingSpec = ServingSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        return paths.check_name("name", name)
+
+    @model_validator(mode="after")
+    def _search_fits_training(self) -> SweepDefinition:
+        for name, distribution in self.search.space.items():
+            if name not in TrainingSpec.model_fields:
+                raise ValueError(f"search.space.{name}: must be a field of training: {', '.join(_searchable())}")
+            for value in distribution.extremes():
+                self._check_value(name, value)
+        alphas = {"lora_alpha", "lora_alpha_ratio"} & set(self.search.space)
+        if alphas and (len(alphas) == 2 or (self.training.lora_alpha and "lora_alpha_ratio" in alphas)):
+            raise ValueError("search.space: lora_alpha and lora_alpha_ratio exclude each other; keep one of them")
+        return self
+
+    def _check_value(self, name: str, value: Scalar) -> None:
+        try:
+            self.trial_training({name: value})
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise ValueError(f"search.space.{name}: {value!r} is no value of training.{name}: {message}") from None
+
+    @model_validator(mode="after")
+    def _grace_ends_before_the_longest_trial(self) -> SweepDefinition:
+        if self.scheduler.type == "asha" and self.scheduler.grace_period > self.longest_trial_epochs:
+            raise ValueError(
+                f"scheduler.grace_period must be at most the longest trial's {self.longest_trial_epochs:g} epochs, "
+                f"or nothing is ever stopped, but got {self.scheduler.grace_period:g}"
+            )
+        return self
+
+    @property
+    def longest_trial_epochs(self) -> float:
+        """The most epochs that a trial of this search can have."""
+        searched = self.search.space.get("num_train_epochs")
+        epochs = searched.extremes() if searched else (self.training.num_train_epochs,)
+        return max(float(value) for value in epochs)
+
+    def trial_training(self, params: dict[str, Any]) -> TrainingSpec:
+        """The training section with one trial's suggested values in it.
+
+        Raises:
+            ValidationError: a value is not one that the field takes.
+        """
+        return TrainingSpec.model_validate(self.training.model_dump() | params)
+
+
+def _searchable() -> list[str]:
+    return sorted(TrainingSpec.model_fields)

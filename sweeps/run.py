@@ -1,0 +1,209 @@
+"""One sweep from definition to registered model. ``run`` reads as the way of the data, once, in order."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cluster import files, paths, session
+from sweeps import loading, results
+from sweeps.definition import SweepDefinition
+from sweeps.results import Outcome
+
+if TYPE_CHECKING:
+    from trainables.snapshot import Snapshot
+
+Log = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    """One line of progress for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) -> dict[str, Any]:
+    """Search, prove, merge and register. Data and cluster are checked before the run exists.
+
+    Args:
+        run_id: an earlier run to go on with; every stage picks up what it left. None starts a new one.
+
+    Returns:
+        The object of ``result.json``, written there whatever the end; status ``interrupted`` after SIGINT or SIGTERM.
+
+    Raises:
+        ValueError: the user's input is wrong; no run was made.
+        RuntimeError: Winnow or the cluster failed; the run's status is ``failed``.
+    """
+    from trainables import base, snapshot
+
+    tokenizer = base.load_tokenizer(definition.base_model)
+    data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, log)
+    log(snapshot.summary_line(data))
+    tracking_environment(definition)
+    with session.connected():
+        _check_cluster(definition)
+        run_id = run_id or new_run(definition)
+        log(f"run: {run_id}")
+        outcome = Outcome(run_id, definition.name, definition.base_model.model_dump(mode="json"))
+        with _only_driver(run_id), _sigterm_interrupts(), _written(outcome):
+            _stages(definition, outcome, data, log)
+    return outcome.as_result()
+
+
+def _stages(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: Log) -> None:
+    outcome.dataset_hash = data.dataset_hash
+    winner = _search(definition, outcome, data, log)
+    _prove(definition, outcome, winner, data, log)
+
+
+def _prove(definition: SweepDefinition, outcome: Outcome, trial: dict[str, Any], data: Snapshot, log: Log) -> None:
+    from sweeps import promotion
+
+    promoted = promotion.promote(definition, outcome.run_id, trial, data, log)
+    outcome.scores, outcome.gate = promoted.scores, promoted.gate
+    outcome.status = "accepted" if promoted.version else "rejected"
+    if promoted.version:
+        found = promoted.version
+        outcome.model = {"name": found.model, "version": found.version, "path": str(found.path)}
+
+
+def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: Log) -> dict[str, Any]:
+    """The winning trial; raises KeyboardInterrupt where trials are left to run."""
+    from sweeps.search import runner, study, tracking
+
+    search = definition.search
+    log(f"search: {search.num_samples} trials, {search.max_concurrent_trials} at once")
+    trials = runner.run_search(definition, outcome.run_id, data)
+    winner = study.best(trials)
+    outcome.trials = [trial.as_result() for trial in trials]
+    outcome.best_trial_id = winner.trial_id if winner else None
+    if definition.tracking.enabled:
+        tracking.log_summary(definition.tracking, outcome.run_id, trials, outcome.best_trial_id)
+    if len(trials) < search.num_samples or any(trial.state == "RUNNING" for trial in trials):
+        raise KeyboardInterrupt
+    if winner is None:
+        raise RuntimeError(f"no trial completed: {_reasons(trials)}")
+    log(f"winner: {winner.trial_id}, eval loss {winner.eval_loss:.4f}")
+    return winner.as_result()
+
+
+@contextmanager
+def _written(outcome: Outcome) -> Iterator[None]:
+    """Writes the outcome and the report whatever happens in the block, with the status that it came to."""
+    from sweeps import report
+
+    started, before = time.monotonic(), _wall_before(outcome.run_id)
+    try:
+        yield
+    except KeyboardInterrupt:
+        outcome.status = "interrupted"
+    except Exception as error:
+        outcome.status, outcome.error = "failed", f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"run {outcome.run_id} failed: {outcome.error}") from error
+    finally:
+        outcome.wall_s = before + time.monotonic() - started
+        outcome.write()
+        if outcome.trials:
+            report.write_report(outcome.run_id)
+
+
+def new_run(definition: SweepDefinition) -> str:
+    """A fresh run's id and directory, the complete definition in it."""
+    run_id = f"{definition.name[:40]}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid() % 10000:04d}"
+    files.write_json(paths.sweep_file(run_id), definition.model_dump(mode="json"))
+    return run_id
+
+
+def stored_definition(run_id: str) -> SweepDefinition:
+    """The definition that a run really ran.
+
+    Raises:
+        ValueError: no such run.
+    """
+    file = paths.sweep_file(run_id)
+    if not file.exists():
+        known = sorted(path.parent.name for path in paths.runs().glob("*/sweep.json"))
+        raise ValueError(f"no run {run_id!r}; there are: {', '.join(known) or 'none'}")
+    return loading.parse(files.read_json(file), str(file))
+
+
+def _check_cluster(definition: SweepDefinition) -> None:
+    import ray
+
+    session.check_fits(definition.resources.as_ray(), ray.cluster_resources())
+
+
+def _reasons(trials: list[Any]) -> str:
+    return "; ".join(
+        f"{trial.trial_id} {trial.state} {trial.reason or ''} {trial.message or ''}" for trial in trials[:5]
+    )
+
+
+def _wall_before(run_id: str) -> float:
+    """Seconds that earlier attempts at this run took."""
+    file = paths.result_file(run_id)
+    return files.read_json(file)["wall_s"] if file.exists() else 0.0
+
+
+@contextmanager
+def _only_driver(run_id: str) -> Iterator[None]:
+    """Two drivers on one run would both start its trials; the second is refused."""
+    file = paths.lock_file(run_id)
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run {run_id!r} is being driven by another process; wait for it or stop it") from None
+        yield
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, as ``ray job stop`` sends it, is taken as an interruption like Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def tracking_environment(definition: SweepDefinition) -> None:
+    """W&B quiet, and offline where there is no key; before the Ray session, whose workers inherit it."""
+    if definition.tracking.enabled:
+        from sweeps.search import tracking
+
+        tracking.prepare_environment()
+
+
+def promote_trial(run_id: str, trial_id: str | None, log: Log = say) -> dict[str, Any]:
+    """Gate and register one trial of a finished or interrupted run; the run's best where ``trial_id`` is None.
+
+    Raises:
+        ValueError: no such run or trial, or the trial left no adapter.
+    """
+    from sweeps.search import study
+    from trainables import snapshot
+
+    definition, before = stored_definition(run_id), results.read(run_id)
+    trials = {trial.trial_id: trial for trial in study.records(study.open_study(run_id, definition.search))}
+    chosen = trial_id or before["best_trial_id"]
+    if chosen not in trials or not paths.adapter_dir(run_id, chosen).is_dir():
+        able = [name for name in trials if paths.adapter_dir(run_id, name).is_dir()]
+        raise ValueError(f"--trial: must be a trial with an adapter: {', '.join(able) or 'none'}; but got {chosen!r}")
+    data = snapshot.load(paths.datasets() / before["dataset_hash"])
+    outcome = Outcome(run_id, definition.name, before["base_model"], dataset_hash=data.dataset_hash)
+    outcome.trials, outcome.best_trial_id = before["trials"], before["best_trial_id"]
+    with session.connected(), _only_driver(run_id), _written(outcome):
+        _prove(definition, outcome, trials[chosen].as_result(), data, log)
+    return outcome.as_result()

@@ -1,0 +1,117 @@
+"""Runs a search, or what an interrupted one left of it, with Ray Tune."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+
+from cluster import files, paths
+from sweeps.definition import SweepDefinition
+from sweeps.search import study as studies
+from sweeps.search.ledger import Ledger
+from sweeps.search.scheduler import WatchedASHA
+from sweeps.search.searcher import StudySearcher
+from sweeps.search.study import TrialRecord
+from sweeps.search.table import LiveTable
+from sweeps.search.tracking import TrialTracking
+from sweeps.search.trainable import train_trial
+from trainables.contract import ADAPTER, is_whole, steps_per_epoch
+from trainables.snapshot import Snapshot
+
+# Tune's own checks and prints stand down: WatchedASHA judges reports, LiveTable speaks to people.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list[TrialRecord]:
+    """Run every trial that the study does not hold as ended yet; returns all trials of the run.
+
+    Ends early, with trials still RUNNING in the study, on SIGINT.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    study = studies.open_study(run_id, definition.search)
+    ledger = Ledger()
+    searcher = StudySearcher(study, definition.search, ledger, max(1.0, definition.resources.gpus_per_trial))
+    if searcher.remaining > 0:
+        scheduler = _scheduler(definition, data, ledger)
+        scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
+        _tuner(definition, run_id, data, searcher, scheduler).fit()
+    records = studies.records(study)
+    for record in records:
+        _keep_adapter(run_id, record)
+    return records
+
+
+def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> WatchedASHA:
+    spec = definition.scheduler
+    an_epoch = steps_per_epoch(data.count("train"), definition.training.effective_batch)
+    grace = spec.grace_period * an_epoch if spec.type == "asha" else 0
+    return WatchedASHA(ledger, grace, definition.longest_trial_epochs * an_epoch, spec.reduction_factor)
+
+
+def _tuner(
+    definition: SweepDefinition, run_id: str, data: Snapshot, searcher: StudySearcher, scheduler: WatchedASHA
+) -> Tuner:
+    waiting = {studies.trial_id(trial.number) for trial in searcher.unfinished}
+    trainable: Any = tune.with_parameters(
+        train_trial,
+        definition=definition,
+        dataset=str(data.directory),
+        resume_from={name: str(found) for name in waiting if (found := last_checkpoint(run_id, name))},
+    )
+    callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
+    if definition.tracking.enabled:
+        callbacks.append(TrialTracking(definition.tracking, run_id, searcher.ledger))
+    return Tuner(
+        tune.with_resources(trainable, definition.resources.as_ray()),
+        tune_config=TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=searcher.remaining,
+            max_concurrent_trials=definition.search.max_concurrent_trials,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=RunConfig(
+            name=paths.trials_dir(run_id).name,
+            storage_path=str(paths.run_dir(run_id)),
+            failure_config=FailureConfig(max_failures=definition.search.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    return trial.config["trial_id"]
+
+
+def last_checkpoint(run_id: str, trial_id: str) -> Path | None:
+    """The newest checkpoint of a trial that was copied whole before its process or the driver ended."""
+    found = sorted(paths.trial_dir(run_id, trial_id).glob("checkpoint_*"))
+    whole = [path for path in found if is_whole(path)]
+    return whole[-1] if whole else None
+
+
+def _keep_adapter(run_id: str, record: TrialRecord) -> None:
+    """The best adapter of an ended trial, out of its last checkpoint to where a person looks for it."""
+    target = paths.adapter_dir(run_id, record.trial_id)
+    checkpoint = last_checkpoint(run_id, record.trial_id)
+    if record.state != "RUNNING" and checkpoint and not target.exists():
+        with files.new_directory(target) as unfinished:
+            shutil.copytree(checkpoint / ADAPTER, unfinished, dirs_exist_ok=True)

@@ -1,0 +1,107 @@
+"""ASHA on the shared step axis, with a watch on what trials report: one bad trial never takes the sweep down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from sweeps.search.ledger import Ledger, Verdict
+from sweeps.search.study import TrialRecord
+
+
+class WatchedASHA(AsyncHyperBandScheduler):
+    """Ray's ASHA that writes its verdicts to a ledger and fails a trial whose report cannot be compared.
+
+    Ray's own goes on for ever with a NaN loss and raises on a missing one.
+
+    Args:
+        grace_steps: first rung, in steps of the shared axis, not always whole; 0 turns early stopping off.
+        max_steps: the longest trial, in the same steps.
+    """
+
+    def __init__(self, ledger: Ledger, grace_steps: float, max_steps: float, reduction_factor: float) -> None:
+        super().__init__(
+            time_attr="step",
+            metric="eval_loss",
+            mode="min",
+            grace_period=grace_steps or 1,  # type: ignore[arg-type]
+            max_t=max(max_steps, grace_steps, 1),  # type: ignore[arg-type]
+            reduction_factor=reduction_factor,
+            stop_last_trials=False,
+        )
+        self.ledger, self.is_on = ledger, grace_steps > 0
+
+    def replay(self, trials: Iterable[TrialRecord]) -> None:
+        """Fill the rungs with what earlier trials of a resumed run reported; Ray keeps no scheduler state."""
+        bracket = self._brackets[0]
+        for record in trials:
+            for milestone, recorded in bracket._rungs:
+                passed = [loss for step, loss in record.curve if step >= milestone]
+                if passed:
+                    recorded[record.trial_id] = -passed[0]
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        bad = _unusable(result)
+        if bad:
+            self.ledger.write(trial.trial_id, bad)
+            return TrialScheduler.STOP
+        if not self.is_on:
+            return TrialScheduler.CONTINUE
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self.ledger.write(trial.trial_id, Verdict("PRUNED"))
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if not _unusable(result):
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        self.ledger.write(trial.trial_id, _failure(trial))
+        super().on_trial_error(tune_controller, trial)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its scheduler, but a resumed run replays the study instead."""
+        return {}
+
+
+def _unusable(result: dict[str, Any]) -> Verdict | None:
+    """Why a report cannot be compared, or None if it can."""
+    if "failure_reason" in result:
+        return Verdict("FAILED", result["failure_reason"], result.get("failure_message"))
+    loss = result.get("eval_loss")
+    if not isinstance(loss, (int, float)) or isinstance(loss, bool):
+        return Verdict("FAILED", "error", f"reported no eval_loss, but {loss!r}")
+    if not math.isfinite(loss):
+        return Verdict("FAILED", "nan", f"eval loss is {loss} at step {result.get('step')}")
+    return None
+
+
+def _failure(trial: Trial) -> Verdict:
+    """The contract's reason for a trial whose process raised or died."""
+    error = _error(trial)
+    if isinstance(error, OutOfMemoryError):
+        return Verdict("FAILED", "oom", "the node ran out of memory and Ray ended the trial's process")
+    if isinstance(error, RayActorError):
+        return Verdict("FAILED", "lost", _last_line(str(error)))
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return Verdict("FAILED", "error", _last_line(str(cause)) if cause else "the trial ended without a word")
+
+
+def _error(trial: Trial) -> Exception | None:
+    """What the trial's process raised, from the driver's own copy: the one in storage is written later."""
+    file = trial.pickled_error_file
+    if file is None or not Path(file).exists():
+        return None
+    return cloudpickle.loads(Path(file).read_bytes())
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().split("\n") or [""])[-1][:500]

@@ -1,0 +1,93 @@
+"""Ray Tune's searcher over our Optuna study: asks for parameters, and tells every trial's true end.
+
+Ray's own OptunaSearch tells a stopped trial as COMPLETE and leaves one with a NaN loss RUNNING. This one keeps PRUNED,
+FAIL and the intermediate values, and takes unfinished trials of an interrupted run up again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from sweeps.definition import SearchSpec
+from sweeps.search import study as studies
+from sweeps.search.ledger import Ledger
+
+_TOLD = {"COMPLETE": TrialState.COMPLETE, "PRUNED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
+
+
+class StudySearcher(Searcher):
+    """Suggests from ``study`` until the run has ``search.num_samples`` trials.
+
+    Args:
+        devices_per_trial: multiplies a trial's seconds to device-seconds.
+    """
+
+    def __init__(self, study: optuna.Study, search: SearchSpec, ledger: Ledger, devices_per_trial: float) -> None:
+        super().__init__(metric="eval_loss", mode="min")
+        self.study, self.search, self.ledger, self.devices = study, search, ledger, devices_per_trial
+        self.space = {name: studies.distribution(spec) for name, spec in sorted(search.space.items())}
+        self.unfinished = list(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        self.started = len(studies.records(study)) - len(self.unfinished)
+        self.live: dict[str, optuna.Trial] = {}
+
+    @property
+    def remaining(self) -> int:
+        """Trials that this session still has to run."""
+        return self.search.num_samples - self.started
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self.unfinished:
+            frozen = self.unfinished.pop(0)
+            trial = optuna.Trial(self.study, frozen._trial_id)
+            params = dict(frozen.params)
+        else:
+            trial = self.study.ask()
+            params = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
+        self.live[trial_id] = trial
+        return {"trial_id": studies.trial_id(trial.number), **params}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._note(self.live[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial = self.live.pop(trial_id, None)
+        if trial is None:
+            return
+        verdict = self.ledger.read(trial_id)
+        if result and verdict.state != "FAILED":  # Tune skips the report at which a trial is stopped
+            self._note(trial, result)
+        trial.set_user_attr("reason", verdict.reason)
+        trial.set_user_attr("message", verdict.message)
+        value = studies.record(_frozen(trial)).eval_loss
+        state = _TOLD[verdict.state]
+        if state is TrialState.COMPLETE and value is None:  # ended without one evaluation
+            trial.set_user_attr("reason", "error")
+            trial.set_user_attr("message", "ended without a report")
+            state = TrialState.FAIL
+        self.study.tell(trial.number, value if state is TrialState.COMPLETE else None, state=state)
+
+    def _note(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
+        step = int(result["step"])
+        if step not in _frozen(trial).intermediate_values:
+            trial.report(float(result["eval_loss"]), step)
+        seconds = float(result["seconds"])
+        trial.set_user_attr("trained_tokens", int(result["trained_tokens"]))
+        trial.set_user_attr("seconds", round(seconds, 3))
+        trial.set_user_attr("device_seconds", round(seconds * self.devices, 3))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study on disk is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study on disk is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _frozen(trial: optuna.Trial) -> optuna.trial.FrozenTrial:
+    return trial.study._storage.get_trial(trial._trial_id)

@@ -1,0 +1,88 @@
+"""W&B: one run a trial through Ray's callback, grouped by sweep, and a summary run with the comparison table.
+
+Without a key everything is written offline under the run's directory, for a later ``wandb sync``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ray.air.integrations.wandb import WandbLoggerCallback
+from ray.tune.experiment import Trial
+
+from cluster import paths
+from sweeps.definition import TrackingSpec
+from sweeps.search.ledger import Ledger
+from sweeps.search.study import TrialRecord
+
+_COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
+
+
+class TrialTracking(WandbLoggerCallback):
+    """Ray's callback, with how each trial ended in its W&B run's config: ``state`` and ``reason``."""
+
+    AUTO_CONFIG_KEYS = [*WandbLoggerCallback.AUTO_CONFIG_KEYS, "state", "reason"]  # noqa: RUF012  as Ray has it
+
+    def __init__(self, spec: TrackingSpec, run_id: str, ledger: Ledger) -> None:
+        super().__init__(
+            project=spec.project,
+            group=run_id,
+            excludes=["time_since_restore", "iterations_since_restore", "timestamp", "time_total_s"],
+            upload_timeout=spec.upload_timeout_s,
+            dir=str(paths.run_dir(run_id)),
+        )
+        self.ledger = ledger
+
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        if trial in self._trial_logging_actors:
+            verdict = self.ledger.read(trial.trial_id)
+            ending = {"state": verdict.state, "reason": verdict.reason or ""}
+            super().log_trial_result(0, trial, ending | {"config": {}})
+        super().log_trial_end(trial, failed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def prepare_environment() -> None:
+    """Offline where no key is set, and quiet. Before the Ray session, whose workers inherit it."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_CONSOLE", "off")
+    if not has_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path("~/.netrc").expanduser()
+    return netrc.is_file() and "api.wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+def log_summary(spec: TrackingSpec, run_id: str, trials: list[TrialRecord], best_trial_id: str | None) -> None:
+    """The sweep's own W&B run: a table of all trials, and the winner in its summary."""
+    import wandb
+
+    names = sorted({name for trial in trials for name in trial.params})
+    table = wandb.Table(columns=[*_COLUMNS, *names])
+    for trial in trials:
+        facts = trial.as_result()
+        table.add_data(*(facts[column] for column in _COLUMNS), *(trial.params.get(name) for name in names))
+    run = wandb.init(
+        project=spec.project,
+        group=run_id,
+        name=f"{run_id}-summary",
+        job_type="sweep",
+        dir=str(paths.run_dir(run_id)),
+        reinit="finish_previous",
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    run.log({"trials": table})
+    winner = next((trial for trial in trials if trial.trial_id == best_trial_id), None)
+    run.summary["best_trial_id"] = best_trial_id
+    run.summary["best_eval_loss"] = winner.eval_loss if winner else None
+    for state in ("COMPLETE", "PRUNED", "FAILED"):
+        run.summary[state.lower()] = sum(trial.state == state for trial in trials)
+    run.finish()

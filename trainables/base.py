@@ -1,0 +1,108 @@
+"""Loading the base model and its tokenizer: a local directory or a hub id, 4-bit or 16-bit, GPU or CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from cluster import paths
+from trainables.spec import BaseModelSpec
+
+
+def source(spec: BaseModelSpec) -> str:
+    """What transformers loads from: an absolute directory where there is one, otherwise the hub id."""
+    directory = paths.expand(spec.model_name_or_path)
+    return str(directory) if directory.exists() else spec.model_name_or_path
+
+
+def load_tokenizer(spec: BaseModelSpec) -> Any:
+    """The base's tokenizer, with a pad token (its end token where it has none of its own).
+
+    Raises:
+        ValueError: the directory or hub id holds no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base_model: {spec.model_name_or_path!r} holds no tokenizer: {_first_line(error)}") from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
+    """The base in evaluation mode on this process's device.
+
+    Args:
+        quantized: False loads 16-bit (32-bit on a CPU) weights whatever the definition says: the base to merge into.
+
+    Raises:
+        ValueError: the directory or hub id holds no model of this kind.
+    """
+    dtype = compute_dtype(spec)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source(spec),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=_attention(spec),
+            quantization_config=_nf4(spec, dtype) if quantized and spec.quantization == "nf4" else None,
+            device_map={"": device()},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base_model: {spec.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    model.config.use_cache = True
+    return model.eval()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(spec: BaseModelSpec) -> torch.dtype:
+    """The definition's dtype; auto is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def fingerprint(spec: BaseModelSpec) -> str:
+    """SHA-256 of a local base's weights, config and tokenizer; a hub id's revision stands for itself."""
+    directory = Path(source(spec))
+    if not directory.is_dir():
+        return f"{spec.model_name_or_path}@{spec.revision}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*")):
+        if file.suffix in {".safetensors", ".json", ".jinja", ".model"}:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _nf4(spec: BaseModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=spec.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _attention(spec: BaseModelSpec) -> str:
+    if spec.attn_implementation != "auto":
+        return spec.attn_implementation
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
