@@ -22,7 +22,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -54,6 +54,17 @@ def connected(address: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def require_token() -> None:
+    """Token authentication for a cluster of our own, on its nodes and on us; makes the token at the first call.
+
+    Before ray is imported: it reads the mode once.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not AUTH_TOKEN.expanduser().exists() and not os.environ.get("RAY_AUTH_TOKEN"):
+        subprocess.run([ray_command(), "get-auth-token", "--generate"], check=True, capture_output=True)
+    protect_token()
+
+
 def protect_token() -> None:
     """Make Ray's authentication token readable by its owner alone; ``ray.init`` may write it world-readable."""
     token = AUTH_TOKEN.expanduser()
@@ -71,7 +82,8 @@ class Head:
 
     def is_alive(self) -> bool:
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -81,10 +93,20 @@ class Head:
             return
         family = [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]
         psutil.Process(self.pid).terminate()  # ray start --block ends its own in order
-        _, left = psutil.wait_procs(family, timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while (left := [process for process in family if _runs(process)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """False for a zombie too: in a container nobody may be there to collect it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_head(log: Path, num_cpus: float | None = None, timeout_s: float = 60) -> Head:
@@ -94,6 +116,7 @@ def start_head(log: Path, num_cpus: float | None = None, timeout_s: float = 60) 
         RuntimeError: it ended, or did not answer within ``timeout_s``; the message carries its last words.
     """
     quieten()
+    require_token()
     from ray._common.network_utils import find_free_port
 
     ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port")}

@@ -1,4 +1,4 @@
-"""Make the tickets data set: ``python scripts/make_ticket_data.py --out DIR [--rows 1300] [--seed 0]``.
+"""Make the tickets data set: ``python scripts/make_ticket_data.py --out DIR [--rows 1250] [--seed 0]``.
 
 Writes three chat JSONL files. ``tickets.jsonl``: support tickets in, strict JSON out, and a few planted
 near-duplicates for the data stage to find. ``general-train.jsonl``: general examples to mix into training, since a
@@ -61,7 +61,7 @@ def distinct(make, rng: random.Random, count: int, taken: set[str]) -> list[tupl
 def make(out: Path, rows: int, seed: int, general_rows: int = 200) -> None:
     rng, taken = random.Random(seed), set[str]()
     general_test = distinct(general_example, rng, general_rows, taken)
-    general_train = distinct(general_example, rng, rows * 3 // 4, taken)
+    general_train = distinct(general_example, rng, rows * 3 // 5, taken)
     tickets = distinct(ticket, rng, rows, taken)
     tickets += [near_duplicate(*example) for example in rng.sample(tickets, min(NEAR_DUPLICATES, rows // 10))]
     rng.shuffle(tickets)
@@ -75,7 +75,7 @@ def make(out: Path, rows: int, seed: int, general_rows: int = 200) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--rows", type=int, default=1300, help="tickets (default 1300)")
+    parser.add_argument("--rows", type=int, default=1250, help="tickets (default 1250)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make(arguments.out, arguments.rows, arguments.seed)

@@ -16,6 +16,7 @@ from serving import registry
 from serving.registry import ModelVersion
 
 HOST, PORT = "127.0.0.1", 8000
+_QUIET = {"RAY_SERVE_LOG_TO_STDERR": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # logs stay in Ray's files
 Log = Callable[[str], None]
 
 
@@ -67,15 +68,17 @@ def status() -> dict[str, Any]:
 def stop(log: Log) -> dict[str, Any]:
     """Stop serving; a cluster that ``deploy`` started ends too."""
     state = _state()
-    with _cluster(log, start=False) as running:
-        if running:
-            from ray import serve
-
-            log("stop: shutting down Ray Serve")
-            serve.shutdown()
-    head = _head(state)
-    if head:
+    if head := _head(state):  # the cluster is ours: it goes with all that runs on it
+        log("stop: ending the Ray cluster that deploy started")
         head.stop()
+    elif state:
+        with _cluster(log, start=False) as running:
+            if running:
+                from ray import serve
+
+                for name in state.get("apps", {}):
+                    log(f"stop: {name}")
+                    serve.delete(name)
     paths.serving_state_file().unlink(missing_ok=True)
     return {"stopped": sorted(state.get("apps", {}))}
 
@@ -83,6 +86,8 @@ def stop(log: Log) -> dict[str, Any]:
 @contextmanager
 def _cluster(log: Log, start: bool) -> Iterator[bool]:
     """Connected to the serving cluster for the block; False where there is none and ``start`` is not set."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS") or _own_address()
     if not address and not start:
         yield False
@@ -92,6 +97,8 @@ def _cluster(log: Log, start: bool) -> Iterator[bool]:
         head = session.start_head(paths.serving_log())
         _remember(head={"address": head.address, "pid": head.pid, "started": head.started})
         address = head.address
+    if address == _own_address():
+        session.require_token()
     with session.connected(address=address):
         yield True
 

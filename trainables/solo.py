@@ -182,7 +182,9 @@ def _arguments(config: TrialConfig, workdir: Path) -> SFTConfig:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         prediction_loss_only=True,
-        eval_strategy="no",  # _Schedule says when
+        eval_strategy="steps",  # EarlyStoppingCallback insists; _Schedule says when
+        eval_steps=10**9,
+        restore_callback_states_from_checkpoint=True,
         save_strategy="no",
         logging_strategy="no",
         save_total_limit=1,

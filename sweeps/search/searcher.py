@@ -58,7 +58,7 @@ class StudySearcher(Searcher):
         if trial is None:
             return
         verdict = self.ledger.read(trial_id)
-        if result and verdict.state != "FAILED":  # Tune skips the report at which a trial is stopped
+        if result and "eval_loss" in result and verdict.state != "FAILED":  # Tune skips the report that stopped it
             self._note(trial, result)
         trial.set_user_attr("reason", verdict.reason)
         trial.set_user_attr("message", verdict.message)

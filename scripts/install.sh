@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Makes .venv where there is none and installs the pinned requirements into it; does nothing when they are there.
+#   bash scripts/install.sh [--dev] [--gpu]
+# Another environment: WINNOW_VENV=DIR. The interpreter: WINNOW_PYTHON (default python3.11).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+platform=cpu dev=
+for argument in "$@"; do
+  case $argument in
+    --dev) dev=1 ;;
+    --gpu) platform=gpu ;;
+    *) echo "install: unknown argument '$argument'; takes --dev and --gpu" >&2; exit 2 ;;
+  esac
+done
+
+venv=${WINNOW_VENV:-.venv}
+lists=("requirements/$platform.txt" ${dev:+requirements/dev.txt})
+stamp="$venv/.winnow-$platform${dev:+-dev}"
+if [ -f "$stamp" ] && [ "$(cat "${lists[@]}" | sha256sum)" = "$(cat "$stamp")" ]; then exit 0; fi
+
+if [ ! -x "$venv/bin/python" ]; then
+  python=${WINNOW_PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3 || true)}
+  if ! "${python:-false}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    echo "install: needs Python 3.11 or 3.12, but found '${python:-none}'; install one or set WINNOW_PYTHON" >&2; exit 2
+  fi
+  echo "install: making $venv with $python" >&2
+  "$python" -m venv "$venv"
+fi
+
+echo "install: ${lists[*]} (a few minutes the first time)" >&2
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+arguments=()
+for list in "${lists[@]}"; do arguments+=(-r "$list"); done
+if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "${arguments[@]}" >"$log" 2>&1; then
+  if grep -q 'torch==.*+cpu' "$log"; then
+    echo "install: pip finds no CPU build of $(grep '^torch==' requirements/cpu.txt); set PIP_EXTRA_INDEX_URL to PyTorch's" \
+      "CPU wheel index (pytorch.org, 'Get started', compute platform CPU) or PIP_FIND_LINKS to a folder with the wheel" >&2
+  else
+    tail -n 5 "$log" >&2
+    echo "install: pip failed; mend what it says above and run this again" >&2
+  fi
+  exit 1
+fi
+cat "${lists[@]}" | sha256sum >"$stamp"

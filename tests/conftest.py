@@ -1,0 +1,73 @@
+"""A small world for all tests: a barely trained tiny base and a few tickets, made once by the project's own scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+def script(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / name, *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WINNOW_HOME with ``bases/tiny`` and ``sources/tickets``. Read only: tests work in a copy, ``home``."""
+    root = tmp_path_factory.mktemp("world")
+    script("make_tiny_base.py", "--out", str(root / "bases" / "tiny"), "--steps", "30")
+    script("make_ticket_data.py", "--out", str(root / "sources" / "tickets"), "--rows", "120")
+    return root
+
+
+@pytest.fixture
+def home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A WINNOW_HOME of the test's own with the world's base and data in it."""
+    root = tmp_path / "home"
+    root.mkdir()
+    for name in ("bases", "sources"):
+        (root / name).symlink_to(world / name)
+    monkeypatch.setenv("WINNOW_HOME", str(root))
+    return root
+
+
+@pytest.fixture
+def definition() -> Callable[..., dict[str, Any]]:
+    """The smoke definition as plain data, with sections overridden: ``definition(search={"num_samples": 1})``."""
+    import yaml
+
+    def make(**sections: Any) -> dict[str, Any]:
+        content = yaml.safe_load((ROOT / "sweeps/definitions/smoke.yaml").read_text())
+        for name, value in sections.items():
+            content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
+        return content
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes a definition (JSON is YAML) and returns its path."""
+
+    def to_file(content: dict[str, Any]) -> Path:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(json.dumps(content))
+        return path
+
+    return to_file
+
+
+def winnow(package: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """One command as a user gives it: ``winnow("sweeps", "validate", path)``."""
+    command = [sys.executable, "-m", package, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **options)

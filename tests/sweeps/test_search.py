@@ -1,0 +1,152 @@
+"""The search on a real Ray cluster and a real Optuna journal, with trials that do not train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import ray
+import toy_trials
+from optuna.trial import TrialState
+
+from cluster import files, paths, session
+from sweeps import loading
+from sweeps.definition import SweepDefinition
+from sweeps.search import runner, tracking
+from sweeps.search import study as studies
+
+DATA = SimpleNamespace(directory=Path("unused"), count=lambda _: 64)  # 4 steps an epoch at the batch of 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    tracking.prepare_environment()
+    ray.cloudpickle.register_pickle_by_value(toy_trials)
+    with session.connected():
+        yield
+    ray.cloudpickle.unregister_pickle_by_value(toy_trials)
+
+
+@pytest.fixture
+def search(home: Path, definition, monkeypatch: pytest.MonkeyPatch):
+    """Runs a search over ``ranks`` in this order, and returns its definition and records."""
+    monkeypatch.setattr(runner, "train_trial", toy_trials.toy_trial)
+
+    def run(ranks: list[int], run_id: str = "run", **sections: Any) -> tuple[SweepDefinition, list]:
+        content = definition(**sections)
+        content["training"]["num_train_epochs"] = 2
+        content["search"] |= {
+            "num_samples": len(ranks),
+            "space": {"r": {"choices": sorted(set(ranks))}, "learning_rate": {"low": 0.001, "high": 1.0}},
+            "points_to_evaluate": [
+                {"r": r, "learning_rate": round(1.0 - index / 20, 2)} for index, r in enumerate(ranks)
+            ],
+        }
+        content.setdefault("tracking", {"enabled": False})
+        loaded = loading.parse(content, "test")
+        files.write_json(paths.sweep_file(run_id), loaded.model_dump(mode="json"))
+        return loaded, runner.run_search(loaded, run_id, DATA)  # type: ignore[arg-type]
+
+    return run
+
+
+def in_optuna(run_id: str = "run") -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(paths.study_file(run_id))))
+    return optuna.load_study(study_name=run_id, storage=storage).trials
+
+
+def test_pruned_is_pruned_with_its_intermediate_values(search) -> None:
+    _, records = search([8, 9, 10, 11, 12, 13], scheduler={"grace_period": 0.5, "reduction_factor": 2},
+                        search={"max_concurrent_trials": 1})  # fmt: skip
+    states = [record.state for record in records]
+    assert states[0] == "COMPLETE"
+    assert states[1:] == ["PRUNED"] * 5, "each later trial is worse than the first at the first rung"
+    trials = in_optuna()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] + [TrialState.PRUNED] * 5
+    assert trials[0].value == pytest.approx(3 / 8 - 1.0)
+    assert sorted(trials[0].intermediate_values) == list(range(1, 9))
+    assert sorted(trials[1].intermediate_values) == [1, 2], "the report at which it was stopped is kept"
+    assert studies.best(records) == records[0]
+
+
+def test_each_failure_stays_its_own_trials(search) -> None:
+    _, records = search([1, 2, 3, 5, 6, 8], scheduler={"type": "none"}, search={"max_failures": 0})
+    assert [(record.state, record.reason) for record in records] == [
+        ("FAILED", "nan"),
+        ("FAILED", "error"),
+        ("FAILED", "error"),
+        ("FAILED", "error"),
+        ("FAILED", "oom"),
+        ("COMPLETE", None),
+    ]
+    assert "nan at step 2" in records[0].message
+    assert "no eval_loss" in records[1].message
+    assert "a bug in the user's data" in records[2].message
+    assert [trial.state for trial in in_optuna()] == [TrialState.FAIL] * 5 + [TrialState.COMPLETE]
+
+
+def test_a_trial_that_loses_its_process_goes_on_from_its_last_report(search) -> None:
+    _, records = search([4], scheduler={"type": "none"}, search={"max_failures": 1})
+    assert records[0].state == "COMPLETE"
+    assert [step for step, _ in records[0].curve] == list(range(1, 9))
+
+
+def test_a_trial_that_keeps_losing_its_process_is_lost(search) -> None:
+    _, records = search([4], scheduler={"type": "none"}, search={"max_failures": 0})
+    assert (records[0].state, records[0].reason) == ("FAILED", "lost")
+    assert records[0].steps == 4
+
+
+def test_warm_start_comes_first_and_only_once(search) -> None:
+    loaded, records = search([9, 8])
+    assert [record.params for record in records] == [dict(point) for point in loaded.search.points_to_evaluate]
+    more = loaded.model_copy(update={"search": loaded.search.model_copy(update={"num_samples": 4})})
+    again = runner.run_search(more, "run", DATA)  # type: ignore[arg-type]
+    assert len(again) == 4
+    assert again[:2] == records
+    assert again[2].params not in [record.params for record in records]
+
+
+def test_an_unfinished_trial_is_taken_up_again_under_its_own_number(search, home: Path) -> None:
+    loaded, _ = search([8], scheduler={"type": "none"})
+    study = studies.open_study("run", loaded.search)
+    left = study.ask()  # what a killed driver leaves: RUNNING, some values reported
+    params = {"r": 8, "learning_rate": 0.5}
+    for name, distribution in ((n, studies.distribution(s)) for n, s in sorted(loaded.search.space.items())):
+        left._suggest(name, distribution)
+    left.report(9.0, 1)
+    more = loaded.model_copy(update={"search": loaded.search.model_copy(update={"num_samples": 2})})
+    records = runner.run_search(more, "run", DATA)  # type: ignore[arg-type]
+    assert [record.trial_id for record in records] == ["t0000", "t0001"]
+    assert records[1].state == "COMPLETE"
+    assert records[1].curve[0] == (1, 9.0), "what was reported before stays"
+    assert set(records[1].params) == set(params)
+
+
+def test_the_best_adapter_of_every_ended_trial_is_kept(search, home: Path) -> None:
+    search([8])
+    assert (paths.adapter_dir("run", "t0000") / "adapter_config.json").exists()
+
+
+def test_wandb_has_a_run_a_trial_and_a_summary(search, home: Path) -> None:
+    tracked = {"enabled": True, "upload_timeout_s": 20}
+    loaded, records = search([8, 1], run_id="tracked", tracking=tracked, scheduler={"type": "none"})
+    tracking.log_summary(loaded.tracking, "tracked", records, "t0000")
+    runs = sorted((paths.run_dir("tracked") / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 3
+    said = b"".join(run.read_bytes() for run in runs)
+    for word in (
+        b"COMPLETE",
+        b"FAILED",
+        b"nan",
+        b"t0000",
+        b"t0001",
+        b"tracked-summary",
+        b"eval_loss",
+        b"learning_rate",
+    ):
+        assert word in said, word

@@ -1,0 +1,55 @@
+"""Trials without training, for tests of the search: what one does follows from its learning rate's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Checkpoint
+
+
+def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from: dict[str, str]) -> None:
+    """Eight steps of falling loss. ``r`` chooses what goes wrong: 1 NaN, 2 no loss, 3 raises, 4 dies once, 5 nothing
+    reported, 6 out of memory; 8 and up nothing. Higher learning rates end lower.
+    """
+    r, start = config["r"], _start(resume_from.get(config["trial_id"]))
+    time.sleep(0.3)
+    if r == 3:
+        raise ZeroDivisionError("a bug in the user's data")
+    if r == 5:
+        return
+    if r == 6:
+        tune.report({"failure_reason": "oom", "failure_message": "CUDA out of memory"})
+        return
+    for step in range(start + 1, 9):
+        if r == 4 and step == 5 and start == 0:
+            os._exit(1)
+        loss: float | None = 3.0 / step - config["learning_rate"]
+        if r == 1 and step == 2:
+            loss = float("nan")
+        _report(step, loss, with_loss=r != 2)
+
+
+def _start(handed: str | None) -> int:
+    retried = tune.get_checkpoint()
+    path = retried.path if retried else handed
+    return json.loads((Path(path) / "state.json").read_text())["step"] if path else 0
+
+
+def _report(step: int, loss: float | None, with_loss: bool) -> None:
+    from trainables.contract import seal
+
+    facts: dict[str, Any] = {"step": step, "epoch": step / 4, "trained_tokens": 100 * step, "seconds": 0.1 * step}
+    if with_loss:
+        facts["eval_loss"] = loss
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "adapter").mkdir()
+        (Path(scratch) / "adapter" / "adapter_config.json").write_text("{}")
+        (Path(scratch) / "state.json").write_text(json.dumps({"step": step}))
+        seal(Path(scratch))
+        tune.report(facts, checkpoint=Checkpoint.from_directory(scratch))
