@@ -109,8 +109,11 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def start_head(log: Path, num_cpus: float | None = None, timeout_s: float = 60) -> Head:
-    """Start a Ray head node on loopback, in a session of its own, its output in ``log``.
+def start_head(log: Path, dashboard_port: int | None = None, timeout_s: float = 60) -> Head:
+    """Start a Ray head node with token authentication, in a session of its own, its output in ``log``.
+
+    Args:
+        dashboard_port: serve Ray's dashboard, which takes jobs, on this port of loopback; None serves none.
 
     Raises:
         RuntimeError: it ended, or did not answer within ``timeout_s``; the message carries its last words.
@@ -121,12 +124,20 @@ def start_head(log: Path, num_cpus: float | None = None, timeout_s: float = 60) 
 
     ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port")}
     command = [ray_command(), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += ["--include-dashboard=false", "--disable-usage-stats", *(f"{k}={v}" for k, v in ports.items())]
-    command += [f"--num-cpus={num_cpus:g}"] if num_cpus else []
+    command += ["--disable-usage-stats", *(f"{name}={port}" for name, port in ports.items())]
+    command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", "--dashboard-host=127.0.0.1"]
+    command += [f"--dashboard-port={dashboard_port}"] if dashboard_port else []
+    # jobs say 'python': let them find the one that runs this
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
     head = Head(f"127.0.0.1:{ports['--port']}", process.pid, psutil.Process(process.pid).create_time())
     deadline = time.monotonic() + timeout_s

@@ -41,7 +41,7 @@ def load(path: Path) -> SweepDefinition:
         ValueError: the file is missing, is not YAML, or breaks a rule; one line names the first rule broken, the
             value found, and where.
     """
-    return parse(_read(path), str(path))
+    return parse(read(path), str(path))
 
 
 def parse(content: Any, where: str) -> SweepDefinition:
@@ -71,7 +71,8 @@ def one_line(error: ValidationError) -> str:
     return f"{place}: {message}{more}" if place else f"{message}{more}"
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """A YAML file as plain data; ``ValueError`` where it is missing or broken."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -14,6 +14,9 @@ from trainables.spec import BaseModelSpec, TrainingSpec
 Reason = Literal["oom", "nan", "error", "lost"]
 
 _SEAL = "files.json"
+REPORT = "report.json"
+"""In a checkpoint: the report that it was handed out with."""
+
 ADAPTER = "adapter"
 """In a checkpoint: the adapter of the best evaluation so far, in PEFT's format. Everything else is the backend's."""
 

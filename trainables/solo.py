@@ -23,6 +23,7 @@ from cluster import files
 from trainables import base, snapshot
 from trainables.contract import (
     ADAPTER,
+    REPORT,
     Report,
     ReportFunction,
     TrialConfig,
@@ -33,8 +34,6 @@ from trainables.contract import (
     steps_per_epoch,
 )
 from trainables.spec import TARGET_MODULES, TrainingSpec
-
-PROGRESS = "progress.json"
 
 
 def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, report: ReportFunction) -> None:
@@ -72,7 +71,7 @@ class _Trial:
         self.resume_from = _restore(resume_from, workdir)
         data = snapshot.load(Path(config.dataset))
         self.examples = data.count("train")
-        progress = files.read_json(workdir / PROGRESS) if self.resume_from else {}
+        progress = files.read_json(workdir / REPORT) if self.resume_from else {}
         self.best = progress.get("best_eval_loss", math.inf)
         self.seconds_before = progress.get("seconds", 0.0)
         self.started = time.monotonic()
@@ -123,7 +122,7 @@ class _Trial:
             seconds=self.seconds_before + time.monotonic() - self.started,
             best_eval_loss=self.best,
         )
-        files.write_json(self.workdir / PROGRESS, made.as_dict())
+        files.write_json(self.workdir / REPORT, made.as_dict())
         self.report_to(made, self._checkpoint())
 
     def _checkpoint(self) -> Path:
@@ -134,7 +133,7 @@ class _Trial:
         shutil.rmtree(handed, ignore_errors=True)
         shutil.copytree(last, handed / Path(last).name)
         shutil.copytree(self.workdir / ADAPTER, handed / ADAPTER)
-        shutil.copy2(self.workdir / PROGRESS, handed / PROGRESS)
+        shutil.copy2(self.workdir / REPORT, handed / REPORT)
         seal(handed)
         return handed
 

@@ -21,7 +21,7 @@ from sweeps.search.study import TrialRecord
 from sweeps.search.table import LiveTable
 from sweeps.search.tracking import TrialTracking
 from sweeps.search.trainable import train_trial
-from trainables.contract import ADAPTER, is_whole, steps_per_epoch
+from trainables.contract import ADAPTER, REPORT, is_whole, steps_per_epoch
 from trainables.snapshot import Snapshot
 
 # Tune's own checks and prints stand down: WatchedASHA judges reports, LiveTable speaks to people.
@@ -46,9 +46,11 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
     ledger = Ledger()
     searcher = StudySearcher(study, definition.search, ledger, max(1.0, definition.resources.gpus_per_trial))
     if searcher.remaining > 0:
+        left = _left_checkpoints(run_id, searcher)
+        searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
-        _tuner(definition, run_id, data, searcher, scheduler).fit()
+        _tuner(definition, run_id, data, searcher, scheduler, left).fit()
     records = studies.records(study)
     for record in records:
         _keep_adapter(run_id, record)
@@ -63,14 +65,18 @@ def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> W
 
 
 def _tuner(
-    definition: SweepDefinition, run_id: str, data: Snapshot, searcher: StudySearcher, scheduler: WatchedASHA
+    definition: SweepDefinition,
+    run_id: str,
+    data: Snapshot,
+    searcher: StudySearcher,
+    scheduler: WatchedASHA,
+    left_checkpoints: dict[int, Path],
 ) -> Tuner:
-    waiting = {studies.trial_id(trial.number) for trial in searcher.unfinished}
     trainable: Any = tune.with_parameters(
         train_trial,
         definition=definition,
         dataset=str(data.directory),
-        resume_from={name: str(found) for name in waiting if (found := last_checkpoint(run_id, name))},
+        resume_from={studies.trial_id(number): str(found) for number, found in left_checkpoints.items()},
     )
     callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
     if definition.tracking.enabled:
@@ -99,6 +105,12 @@ def _tuner(
 
 def _name(trial: Any) -> str:
     return trial.config["trial_id"]
+
+
+def _left_checkpoints(run_id: str, searcher: StudySearcher) -> dict[int, Path]:
+    """By trial number, what an interrupted session's unfinished trials go on from."""
+    found = {trial.number: last_checkpoint(run_id, studies.trial_id(trial.number)) for trial in searcher.unfinished}
+    return {number: path for number, path in found.items() if path}
 
 
 def last_checkpoint(run_id: str, trial_id: str) -> Path | None:

@@ -64,7 +64,8 @@ class WatchedASHA(AsyncHyperBandScheduler):
             super().on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        self.ledger.write(trial.trial_id, _failure(trial))
+        if not trial.should_recover():  # Tune calls this before a retry too
+            self.ledger.write(trial.trial_id, _failure(trial))
         super().on_trial_error(tune_controller, trial)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Sweeps as Ray jobs on a head node with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, winnow
+
+from cluster import session
+
+
+@pytest.fixture
+def dashboard(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head node's address for jobs. ``WINNOW_HOME`` is the cluster's storage, as its nodes have it."""
+    from ray._common.network_utils import find_free_port
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    port = find_free_port()
+    head = session.start_head(tmp_path / "ray.log", dashboard_port=port)
+    yield f"http://127.0.0.1:{port}"
+    head.stop()
+    assert not head.is_alive()
+
+
+@pytest.fixture
+def in_working_dir(definition) -> Iterator:
+    """Definitions have to lie in the directory that a job is sent; these go again."""
+    written = []
+
+    def write(name: str, **sections) -> Path:
+        path = ROOT / "sweeps" / "definitions" / f".{name}.yaml"
+        path.write_text(json.dumps(definition(**sections)))
+        written.append(path)
+        return path.relative_to(ROOT)
+
+    yield write
+    for path in written:
+        path.unlink()
+
+
+def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_working_dir) -> None:
+    rejected = in_working_dir(
+        "rejected", gate={"min_score": 1.0}, search={"num_samples": 1}, tracking={"enabled": False}
+    )
+    done = winnow("sweeps", "submit", rejected, "--address", dashboard, "--json")
+    assert done.returncode == 3, f"the run's own exit status; {done.stderr}"
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "rejected"
+    assert "winner: t0000" in done.stderr, "the log is streamed"
+
+    small = in_working_dir("small", search={"num_samples": 2}, tracking={"enabled": False})
+    ray = session.ray_command()
+    command = [ray, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
+    job = subprocess.run(
+        [*command, "python", "-m", "sweeps", "run", str(small), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"RAY_ADDRESS": dashboard},
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    runs = [json.loads(path.read_text()) for path in home.glob("runs/*/result.json")]
+    assert sorted(run["status"] for run in runs) == ["accepted", "rejected"]
+    token = session.AUTH_TOKEN.expanduser()
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_without_waiting_it_names_the_job(dashboard: str, in_working_dir) -> None:
+    wrong = in_working_dir("wrong", data={"sources": [{"path": "nowhere.jsonl"}]})
+    done = winnow("sweeps", "submit", wrong, "--address", dashboard, "--no-wait", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["job_id"]
+
+
+def test_an_address_where_nothing_answers(home: Path, in_working_dir) -> None:
+    done = winnow("sweeps", "submit", in_working_dir("unsent"), "--address", "http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "nothing answers" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trainables import base, merge, scoring, snapshot, solo
+from trainables.contract import TrialConfig
+from trainables.scoring import Answer
+from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
+
+
+@pytest.fixture
+def spec(home: Path) -> BaseModelSpec:
+    return BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"), quantization="none")
+
+
+@pytest.fixture
+def data(home: Path, spec: BaseModelSpec) -> snapshot.Snapshot:
+    tickets = home / "sources" / "tickets"
+    made = DataSpec(
+        sources=(SourceSpec(path=str(tickets / "tickets.jsonl")),),
+        general=str(tickets / "general-test.jsonl"),
+        max_length=128,
+    )
+    return snapshot.prepare(made, base.load_tokenizer(spec))
+
+
+def test_loss_weighs_every_labelled_token_the_same_whatever_the_batch(spec, data) -> None:
+    model, tokenizer, rows = base.load_model(spec), base.load_tokenizer(spec), data.rows("test")
+    by_hand, count = 0.0, 0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        by_hand += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    for batch_size in (1, 5, 100):
+        assert scoring.mean_loss(model, tokenizer, rows, batch_size) == pytest.approx(by_hand / count, rel=1e-5)
+
+
+def test_answers_do_not_depend_on_the_batch(spec, data) -> None:
+    model, tokenizer, rows = base.load_model(spec), base.load_tokenizer(spec), data.rows("test")
+    one = scoring.answer(model, tokenizer, rows, EvaluationSpec(batch_size=1, max_new_tokens=6))
+    many = scoring.answer(model, tokenizer, rows, EvaluationSpec(batch_size=7, max_new_tokens=6))
+    assert one == many
+    assert [answer.expected for answer in one] == [row["messages"][-1]["content"] for row in rows]
+
+
+def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -> None:
+    scores = scoring.score(spec, str(data.directory), EvaluationSpec(max_new_tokens=4), None)
+    assert set(scores.metrics) == {"loss", "perplexity", "exact_match", "json_validity", "general_exact_match"}
+    assert scores.metrics["perplexity"] == pytest.approx(math.exp(scores.metrics["loss"]), rel=1e-4)
+    assert len(scores.general_answers) == data.count("general")
+
+
+def test_exact_match_and_json_validity() -> None:
+    answers = [Answer("p", '{"a": 1}', text) for text in ('{"a": 1}', ' {"a": 1}\n', '{"a": 2}', "[1]", "{")]
+    assert scoring.exact_match(answers) == 0.4
+    assert scoring.json_validity(answers, None) == 0.6
+    assert scoring.json_validity(answers, ["a", "b"]) == 0.0
+    assert scoring.exact_match([]) == 0.0
+
+
+def test_agreement_is_over_prompts() -> None:
+    left = [Answer("p", "", text) for text in "abcd"]
+    right = [Answer("p", "", text) for text in "abcx"]
+    assert scoring.agreement(left, right) == 0.75
+
+
+def test_a_merged_model_answers_as_its_adapter_and_a_wrong_one_is_seen(spec, data, tmp_path: Path) -> None:
+    training = TrainingSpec(r=4, learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=16)
+    kept = tmp_path / "kept"
+    config = TrialConfig("t0000", spec, training, str(data.directory), 16)
+    (tmp_path / "work").mkdir()
+    solo.run_trial(config, tmp_path / "work", None, lambda _, made: _replace(made / "adapter", kept))
+    evaluation = EvaluationSpec(max_new_tokens=6)
+    parity = merge.merge_and_check(spec, str(kept), str(tmp_path / "merged"), str(data.directory), evaluation)
+    assert parity.loss_difference < 0.02
+    assert parity.agreement > 0.9
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert list((tmp_path / "merged").glob("*.safetensors"))
+    base_alone = base.source(spec)
+    wrong = merge.check_parity(spec, str(kept), base_alone, str(data.directory), evaluation)
+    assert wrong.loss_difference > 0.1
+
+
+def _replace(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    broken = BaseModelSpec(model_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        base.load_model(broken)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        base.load_tokenizer(broken)
