@@ -33,14 +33,28 @@ class TrialTracking(WandbLoggerCallback):
             upload_timeout=spec.upload_timeout_s,
             dir=str(paths.run_dir(run_id)),
         )
-        self.ledger = ledger
+        self.ledger, self.live = ledger, set[Trial]()
+
+    def log_trial_start(self, trial: Trial) -> None:
+        self.live.add(trial)
+        super().log_trial_start(trial)
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         if trial in self._trial_logging_actors:
             verdict = self.ledger.read(trial.trial_id)
-            ending = {"state": verdict.state, "reason": verdict.reason or ""}
-            super().log_trial_result(0, trial, ending | {"config": {}})
+            self._log_ending(trial, verdict.state, verdict.reason or "")
+            self.live.discard(trial)
         super().log_trial_end(trial, failed)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Ray waits ``upload_timeout`` for runs of interrupted trials, which nobody told to end; this tells them."""
+        for trial in self.live & set(self._trial_logging_actors):
+            self._log_ending(trial, "RUNNING", "interrupted")
+            self._signal_logging_actor_stop(trial=trial)
+        super().on_experiment_end(trials, **info)
+
+    def _log_ending(self, trial: Trial, state: str, reason: str) -> None:
+        super().log_trial_result(0, trial, {"state": state, "reason": reason, "config": {}})
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -1,0 +1,135 @@
+"""The main job: ``scripts/quickstart.sh`` from nothing to a served model that answers, with the learning real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from conftest import ROOT, winnow
+from optuna.trial import TrialState
+from test_runs import trials
+
+TICKET = "Ticket: Hello, My card shows two payments for one Pixel Printer. This is urgent. Thanks, Ada"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The quickstart with ``--keep``: its home, its words, its endpoint while the tests run."""
+    from ray._common.network_utils import find_free_port
+
+    home, port = tmp_path_factory.mktemp("quickstart"), find_free_port()
+    environment = os.environ | {
+        "WINNOW_HOME": str(home),
+        "WINNOW_PORT": str(port),
+        "WINNOW_VENV": str(Path(sys.executable).parent.parent),
+    }
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "--keep"], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    yield {"home": home, "done": done, "url": f"http://127.0.0.1:{port}/v1", "env": environment}
+    stopped = winnow("serving", "stop", "--json", env=environment)
+    assert json.loads(stopped.stdout) == {"stopped": ["tickets"]}
+
+
+@pytest.fixture(scope="module")
+def result(quickstart) -> dict[str, Any]:
+    assert quickstart["done"].returncode == 0, quickstart["done"].stderr[-3000:]
+    (file,) = quickstart["home"].glob("runs/*/result.json")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def client(quickstart, result) -> openai.OpenAI:
+    return openai.OpenAI(base_url=quickstart["url"], api_key="unused")
+
+
+def chat(text: str = TICKET) -> dict[str, Any]:
+    return {
+        "model": "tickets",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 96,
+    }
+
+
+def test_the_base_cannot_and_the_winner_can(result) -> None:
+    assert result["status"] == "accepted"
+    assert result["scores"]["base"]["exact_match"] < 0.10
+    assert result["scores"]["winner"]["exact_match"] > 0.85
+    assert result["scores"]["base"]["general_exact_match"] > 0.9
+
+
+def test_trials_differ_and_poor_ones_are_pruned_in_both_records(quickstart, result) -> None:
+    states = [trial["state"] for trial in result["trials"]]
+    assert len(states) >= 12
+    assert states.count("PRUNED") >= 1
+    (journal,) = quickstart["home"].glob("runs/*/optuna.journal")
+    assert sum(trial.state == TrialState.PRUNED for trial in trials(journal)) == states.count("PRUNED")
+    losses = [trial["eval_loss"] for trial in result["trials"]]
+    assert max(losses) > 10 * min(losses)
+
+
+def test_it_says_what_it_does_and_prints_the_answers(quickstart, result) -> None:
+    done = quickstart["done"]
+    assert [line[3] for line in done.stderr.splitlines() if re.match(r"== \d/5", line)] == list("12345")
+    assert done.stdout.count("[as expected]") >= 2
+    assert "curl -s http://127.0.0.1" in done.stderr
+
+
+def test_curl_gets_a_valid_ticket(quickstart, result) -> None:
+    request = urllib.request.Request(
+        f"{quickstart['url']}/chat/completions", json.dumps(chat()).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        ticket = json.loads(json.load(response)["choices"][0]["message"]["content"])
+    assert ticket == {
+        "category": "billing",
+        "urgency": "high",
+        "product": "Pixel Printer",
+        "summary": "charged twice",
+    }
+
+
+def test_the_openai_client_on_every_route(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tickets"]
+    whole = client.chat.completions.create(**chat()).choices[0].message.content
+    pieces = list(client.chat.completions.create(**chat(), stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == whole
+    assert len(pieces) > 5
+    prompt = {"model": "tickets", "prompt": "<|bos|><|user|>Repeat: lemon<|end|><|assistant|>", "max_tokens": 4}
+    text = client.completions.create(**prompt, temperature=0).choices[0].text
+    streamed = client.completions.create(**prompt, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in streamed) == text != ""
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**chat() | {"model": "unknown"})
+
+
+def test_status_shows_what_runs(quickstart, result) -> None:
+    done = winnow("serving", "status", "--json", env=quickstart["env"])
+    (app,) = json.loads(done.stdout.splitlines()[-1])["applications"].values()
+    assert app["version"] == result["model"]["version"]
+    assert app["replicas"]["WarmServer:tickets"] == {"RUNNING": 1}
+
+
+def test_the_application_builder_has_limits_on_server_and_ingress(quickstart, result, monkeypatch) -> None:
+    code = (
+        "from serving.app import AppArgs, build; app = build(AppArgs(model='tickets'));"
+        "import json; ingress = app._bound_deployment; print(json.dumps([ingress.max_ongoing_requests, "
+        "ingress.max_queued_requests, ingress.init_kwargs['llm_deployments']['tickets']._bound_deployment"
+        ".max_ongoing_requests]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=quickstart["env"], check=True
+    )
+    ongoing, queued, server = json.loads(done.stdout.splitlines()[-1])
+    assert max(ongoing, queued, server) < 1000
+    assert min(ongoing, queued, server) > 0
