@@ -34,10 +34,6 @@ def expand(path: str) -> Path:
     return Path(path.replace("${WINNOW_HOME}", str(home()))).expanduser().absolute()
 
 
-def bases() -> Path:
-    return home() / "bases"
-
-
 def datasets() -> Path:
     return home() / "datasets"
 

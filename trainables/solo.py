@@ -113,12 +113,15 @@ class _Trial:
     def saved(self, eval_loss: float) -> None:
         """Called once the state after an evaluation is on disk: reports it, with the checkpoint to go on from."""
         epoch = self.trainer.state.epoch or 0.0
+        train_loss = self.trainer.mean_loss_since_last_call()
+        if not math.isfinite(train_loss):
+            raise TrialFailure("nan", f"training loss is {train_loss} at step {self.trainer.state.global_step}")
         made = Report(
             eval_loss=eval_loss,
             step=shared_step(epoch, self.examples, self.config.reference_batch),
             epoch=round(epoch, 6),
             trained_tokens=self.trainer.trained_tokens,
-            train_loss=self.trainer.mean_loss_since_last_call(),
+            train_loss=train_loss,
             seconds=self.seconds_before + time.monotonic() - self.started,
             best_eval_loss=self.best,
         )

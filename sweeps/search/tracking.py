@@ -6,10 +6,13 @@ Without a key everything is written offline under the run's directory, for a lat
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from ray.air.integrations.wandb import WandbLoggerCallback
+import ray
+from ray.air.integrations.wandb import WandbLoggerCallback, _WandbLoggingActor
+from ray.air.util.node import _force_on_current_node
 from ray.tune.experiment import Trial
 
 from cluster import paths
@@ -20,9 +23,21 @@ from sweeps.search.study import TrialRecord
 _COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
 
 
+class _LoggingActor(_WandbLoggingActor):
+    """Ray's actor with the driver's W&B settings: on a cluster it does not inherit them.
+
+    They come as an argument, since a runtime environment, where Ray puts the key, is shown by Ray's dashboard.
+    """
+
+    def __init__(self, *args: Any, environment: dict[str, str], **kwargs: Any) -> None:
+        os.environ.update(environment)
+        super().__init__(*args, **kwargs)
+
+
 class TrialTracking(WandbLoggerCallback):
     """Ray's callback, with how each trial ended in its W&B run's config: ``state`` and ``reason``."""
 
+    _logger_actor_cls = _LoggingActor
     AUTO_CONFIG_KEYS = [*WandbLoggerCallback.AUTO_CONFIG_KEYS, "state", "reason"]  # noqa: RUF012  as Ray has it
 
     def __init__(self, spec: TrackingSpec, run_id: str, ledger: Ledger) -> None:
@@ -32,8 +47,14 @@ class TrialTracking(WandbLoggerCallback):
             excludes=["time_since_restore", "iterations_since_restore", "timestamp", "time_total_s"],
             upload_timeout=spec.upload_timeout_s,
             dir=str(paths.run_dir(run_id)),
+            environment={name: value for name, value in os.environ.items() if name.startswith("WANDB_")},
         )
         self.ledger, self.live = ledger, set[Trial]()
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        super().setup(*args, **kwargs)
+        options: Any = _force_on_current_node()
+        self._remote_logger_class = ray.remote(num_cpus=0, **options)(self._logger_actor_cls)  # type: ignore[assignment]
 
     def log_trial_start(self, trial: Trial) -> None:
         self.live.add(trial)
@@ -76,7 +97,16 @@ def has_key() -> bool:
 
 
 def log_summary(spec: TrackingSpec, run_id: str, trials: list[TrialRecord], best_trial_id: str | None) -> None:
-    """The sweep's own W&B run: a table of all trials, and the winner in its summary."""
+    """The sweep's own W&B run: a table of all trials, and the winner in its summary. Its failure is not the sweep's."""
+    import wandb
+
+    try:
+        _log_summary(spec, run_id, trials, best_trial_id)
+    except wandb.Error as error:
+        print(f"W&B: the summary run was not written: {error}", file=sys.stderr, flush=True)
+
+
+def _log_summary(spec: TrackingSpec, run_id: str, trials: list[TrialRecord], best_trial_id: str | None) -> None:
     import wandb
 
     names = sorted({name for trial in trials for name in trial.params})
@@ -91,7 +121,7 @@ def log_summary(spec: TrackingSpec, run_id: str, trials: list[TrialRecord], best
         job_type="sweep",
         dir=str(paths.run_dir(run_id)),
         reinit="finish_previous",
-        settings=wandb.Settings(silent=True, console="off"),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=spec.upload_timeout_s),
     )
     run.log({"trials": table})
     winner = next((trial for trial in trials if trial.trial_id == best_trial_id), None)

@@ -11,7 +11,7 @@ from cluster import files, paths, session
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "value.json"
     files.write_json(target, {"a": 1})
-    with pytest.raises(ValueError, match="nan|Out of range"):
+    with pytest.raises(ValueError, match=r"nan|Out of range"):
         files.write_json(target, {"a": float("nan")})
     assert files.read_json(target) == {"a": 1}
     assert [path.name for path in target.parent.iterdir()] == ["value.json"]
