@@ -87,7 +87,7 @@ class Head:
         except psutil.NoSuchProcess:
             return False
 
-    def stop(self, timeout_s: float = 20) -> None:
+    def stop(self, timeout_s: float = 5) -> None:
         """End this node and every process under it; no other Ray on the machine is touched."""
         if not self.is_alive():
             return

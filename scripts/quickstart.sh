@@ -32,7 +32,7 @@ else
 fi
 
 say "3/5 sweep: search, gate, merge, register"
-if "$python" -m serving models --json 2>/dev/null | grep -q '"production"'; then
+if "$python" -m serving models --json 2>/dev/null | grep -q '"tickets": {[^}]*"production"'; then
   echo "a production model is registered already; a new sweep: python -m sweeps run sweeps/definitions/quickstart.yaml" >&2
 else
   "$python" -m sweeps run sweeps/definitions/quickstart.yaml

@@ -76,8 +76,10 @@ class LiveTable(Callback):
 def trials_table(records: list[TrialRecord], num_samples: int, seconds_left: float | None = None) -> Table:
     """All trials as a table for people, the best completed one marked."""
     winner, counted = studies.best(records), sum(record.state != "RUNNING" for record in records)
+    losses = [record.eval_loss for record in records if record.eval_loss is not None]
+    best = f", best eval loss {min(losses):.4f}" if losses else ""
     left = f", about {seconds_left:.0f} s left" if seconds_left is not None else ""
-    table = Table(title=f"{counted} of {num_samples} trials ended{left}", title_justify="left")
+    table = Table(title=f"{counted} of {num_samples} trials ended{best}{left}", title_justify="left")
     for column in ("trial", "state", "params", "step", "eval loss", "seconds"):
         table.add_column(column, justify="right" if column in {"step", "eval loss", "seconds"} else "left")
     colors = {"COMPLETE": "green", "PRUNED": "yellow", "FAILED": "red", "RUNNING": "cyan"}

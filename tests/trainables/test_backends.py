@@ -127,6 +127,21 @@ def test_accumulation_makes_the_same_steps(backend, trial, tmp_path: Path) -> No
     assert two[-1][0].train_loss == pytest.approx(one[-1][0].train_loss, rel=0.05)
 
 
+OPTIONS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "packing": {"packing": True},
+    "dropout": {"lora_dropout": 0.2},
+    "modules": {"target_modules": "attention-qv", "lora_alpha": 8.0},
+    "schedule": {"lr_scheduler_type": "linear", "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_ratio": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_it_learns_under_every_option(options: dict, backend, trial, tmp_path: Path) -> None:
+    reports = run(backend, trial(**options), tmp_path)
+    assert reports[-1][0].eval_loss < reports[0][0].eval_loss
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
 def test_on_a_gpu_it_trains_in_bfloat16_over_nf4(backend, trial, tmp_path: Path) -> None:
