@@ -91,7 +91,7 @@ class _Trial:
             callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
         trainer = _CountingTrainer(
             model=model,
-            args=_arguments(self.config, self.workdir),
+            args=_arguments(self.config, self.workdir, data.manifest["settings"]["max_length"]),
             train_dataset=_dataset(data, "train"),
             eval_dataset=_dataset(data, "eval"),
             processing_class=base.load_tokenizer(self.config.base_model),
@@ -161,7 +161,7 @@ def _dataset(data: snapshot.Snapshot, split: str) -> Dataset:
     return Dataset.from_parquet(str(data.directory / f"{split}.parquet")).select_columns(["input_ids", "labels"])
 
 
-def _arguments(config: TrialConfig, workdir: Path) -> SFTConfig:
+def _arguments(config: TrialConfig, workdir: Path, max_length: int) -> SFTConfig:
     training, dtype = config.training, base.compute_dtype(config.base_model)
     return SFTConfig(
         output_dir=str(workdir),
@@ -178,7 +178,7 @@ def _arguments(config: TrialConfig, workdir: Path) -> SFTConfig:
         packing=training.packing,
         gradient_checkpointing=training.gradient_checkpointing,
         seed=training.seed,
-        max_length=None,  # the snapshot has cut what is too long
+        max_length=max_length,  # of a packed row; the snapshot has cut examples to it
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=not torch.cuda.is_available(),
