@@ -61,7 +61,7 @@ def distinct(make, rng: random.Random, count: int, taken: set[str]) -> list[tupl
 def make(out: Path, rows: int, seed: int, general_rows: int = 200) -> None:
     rng, taken = random.Random(seed), set[str]()
     general_test = distinct(general_example, rng, general_rows, taken)
-    general_train = distinct(general_example, rng, rows * 4 // 5, taken)
+    general_train = distinct(general_example, rng, rows, taken)
     tickets = distinct(ticket, rng, rows, taken)
     tickets += [near_duplicate(*example) for example in rng.sample(tickets, min(NEAR_DUPLICATES, rows // 10))]
     rng.shuffle(tickets)

@@ -1,4 +1,4 @@
-"""Make the tiny base model: ``python scripts/make_tiny_base.py --out DIR [--steps 1200] [--seed 0]``.
+"""Make the tiny base model: ``python scripts/make_tiny_base.py --out DIR [--steps 1300] [--seed 0]``.
 
 Trains a Llama of about a million parameters with its own BPE tokenizer on the general instructions of
 ``tiny_world.py``, from code-made text alone, and saves an ordinary Hugging Face directory. Under two minutes on two
@@ -147,7 +147,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the model, must not exist")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default 1200)")
+    parser.add_argument("--steps", type=int, default=1300, help="training steps (default 1300)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():

@@ -35,6 +35,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     done = subprocess.run(
         ["bash", "scripts/quickstart.sh", "--keep"], cwd=ROOT, capture_output=True, text=True, env=environment
     )
+    (home / "quickstart.log").write_text(done.stderr + done.stdout)
     yield {"home": home, "done": done, "url": f"http://127.0.0.1:{port}/v1", "env": environment}
     stopped = winnow("serving", "stop", "--json", env=environment)
     assert json.loads(stopped.stdout) == {"stopped": ["tickets"]}
