@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import urllib.error
@@ -16,7 +17,7 @@ from serving import registry
 from serving.registry import ModelVersion
 
 HOST, PORT = "127.0.0.1", 8000
-_QUIET = {"RAY_SERVE_LOG_TO_STDERR": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # logs stay in Ray's files
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 Log = Callable[[str], None]
 
 
@@ -36,6 +37,7 @@ def deploy(reference: str, port: int, log: Log) -> dict[str, Any]:
 
         from serving.app import AppArgs, build
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it prints every option otherwise
         started = time.monotonic()
         serve.start(http_options={"host": HOST, "port": port})
         serve.run(build(AppArgs(model=f"{version.model}@{version.version}")), name=version.model, route_prefix="/")
