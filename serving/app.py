@@ -1,7 +1,6 @@
 """The Serve application of one model: ``serve run serving.app:build model=NAME``, or a RayService's import path."""
 
-from __future__ import annotations
-
+# No postponed annotations here: Serve reads build's to know that its arguments are AppArgs.
 import json
 from typing import Any
 
