@@ -46,6 +46,16 @@ def run_dir(run_id: str) -> Path:
     return runs() / check_name("a run id", run_id)
 
 
+def require_run(run_id: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such run; names those that there are.
+    """
+    if not sweep_file(run_id).exists():
+        known = sorted(path.parent.name for path in runs().glob("*/sweep.json"))
+        raise ValueError(f"no run {run_id!r}; there are: {', '.join(known) or 'none'}")
+
+
 def sweep_file(run_id: str) -> Path:
     return run_dir(run_id) / "sweep.json"
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from typing import Any
 
+from cluster.command import DONE, guarded, say
 from serving import registry
-
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def deploy(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -58,10 +56,6 @@ def curl(url: str, model: str) -> str:
     return f"curl -s {url}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving", description="Serve registered models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -82,23 +76,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a user's mistake is one line and 2, anything else that fails is 1 with its trace."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def command() -> int:
         value = arguments.function(arguments)
-    except ValueError as error:
-        say(f"error: {error}")
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        say("interrupted; see 'python -m serving status'")
-        return INTERRUPTED
-    except Exception as error:  # the process boundary: everything left is Winnow's or the cluster's
-        traceback.print_exc()
-        say(f"error: {error}")
-        return FAILED
-    if arguments.json:
-        print(json.dumps(value), flush=True)
-    return DONE
+        if arguments.json:
+            print(json.dumps(value), flush=True)
+        return DONE
+
+    return guarded(command, "interrupted; see 'python -m serving status'")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
+from cluster.command import DONE, INTERRUPTED, REJECTED, guarded, say
 from sweeps import loading
-
-DONE, FAILED, WRONG_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def validate(arguments: argparse.Namespace) -> int:
@@ -106,10 +104,6 @@ def submit(arguments: argparse.Namespace) -> int:
     return code
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def answer(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
     """The last line of standard output, for programs."""
     if arguments.json:
@@ -174,20 +168,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a user's mistake is one line and 2, anything else that fails is 1 with its trace."""
     arguments = _parser().parse_args(argv)
-    try:
-        return arguments.function(arguments)
-    except ValueError as error:
-        say(f"error: {error}")
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        say("interrupted before a run began; start it again with the same command")
-        return INTERRUPTED
-    except Exception as error:  # the process boundary: everything left is Winnow's or the cluster's
-        traceback.print_exc()
-        say(f"error: {error}")
-        return FAILED
+    return guarded(
+        lambda: arguments.function(arguments), "interrupted before a run began; start it again with the same command"
+    )
 
 
 if __name__ == "__main__":

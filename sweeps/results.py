@@ -58,9 +58,7 @@ def read(run_id: str) -> dict[str, Any]:
         ValueError: there is no such run, or it has none yet.
     """
     file = paths.result_file(run_id)
-    if not paths.sweep_file(run_id).exists():
-        known = sorted(path.parent.name for path in paths.runs().glob("*/sweep.json"))
-        raise ValueError(f"no run {run_id!r}; there are: {', '.join(known) or 'none'}")
+    paths.require_run(run_id)
     if not file.exists():
         raise ValueError(f"run {run_id!r} has no result yet; see 'python -m sweeps status {run_id}'")
     return files.read_json(file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster import files, paths, session
+from cluster.command import say
 from sweeps import loading, results
 from sweeps.definition import SweepDefinition
 from sweeps.results import Outcome
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from trainables.snapshot import Snapshot
 
 Log = Callable[[str], None]
-
-
-def say(line: str) -> None:
-    """One line of progress for people."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) -> dict[str, Any]:
@@ -127,10 +122,8 @@ def stored_definition(run_id: str) -> SweepDefinition:
     Raises:
         ValueError: no such run.
     """
+    paths.require_run(run_id)
     file = paths.sweep_file(run_id)
-    if not file.exists():
-        known = sorted(path.parent.name for path in paths.runs().glob("*/sweep.json"))
-        raise ValueError(f"no run {run_id!r}; there are: {', '.join(known) or 'none'}")
     return loading.parse(files.read_json(file), str(file))
 
 

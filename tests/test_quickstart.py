@@ -121,16 +121,18 @@ def test_status_shows_what_runs(quickstart, result) -> None:
     assert app["replicas"]["WarmServer:tickets"] == {"RUNNING": 1}
 
 
-def test_the_application_builder_has_limits_on_server_and_ingress(quickstart, result, monkeypatch) -> None:
+def test_serve_run_builds_the_application_with_limits_on_server_and_ingress(quickstart, result) -> None:
     code = (
-        "from serving.app import AppArgs, build; app = build(AppArgs(model='tickets'));"
-        "import json; ingress = app._bound_deployment; print(json.dumps([ingress.max_ongoing_requests, "
-        "ingress.max_queued_requests, ingress.init_kwargs['llm_deployments']['tickets']._bound_deployment"
-        ".max_ongoing_requests]))"
+        "import json; from serving.app import build;"
+        "from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_serve_run;"
+        "ingress = as_serve_run(build, {'model': 'tickets'})._bound_deployment;"
+        "server = ingress.init_kwargs['llm_deployments']['tickets']._bound_deployment;"
+        "limits = (ingress.max_ongoing_requests, ingress.max_queued_requests, server.max_ongoing_requests);"
+        "print(json.dumps(limits))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=quickstart["env"], check=True
     )
-    ongoing, queued, server = json.loads(done.stdout.splitlines()[-1])
-    assert max(ongoing, queued, server) < 1000
-    assert min(ongoing, queued, server) > 0
+    limits = json.loads(done.stdout.splitlines()[-1])
+    assert max(limits) < 1000
+    assert min(limits) > 0

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -33,6 +35,7 @@ from trainables.contract import (
     shared_step,
     steps_per_epoch,
 )
+from trainables.order import epoch_order
 from trainables.spec import TARGET_MODULES, TrainingSpec
 
 
@@ -97,6 +100,7 @@ class _Trial:
             processing_class=base.load_tokenizer(self.config.base_model),
             callbacks=callbacks,
         )
+        trainer.training = training
         for name, value in model.named_parameters():
             if name in weights:  # back from SFTTrainer's bfloat16
                 value.data = weights[name]
@@ -168,7 +172,7 @@ def _arguments(config: TrialConfig, workdir: Path, max_length: int) -> SFTConfig
         learning_rate=training.learning_rate,
         num_train_epochs=training.num_train_epochs,
         per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=training.per_device_train_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_ratio,
@@ -198,14 +202,16 @@ def _arguments(config: TrialConfig, workdir: Path, max_length: int) -> SFTConfig
 
 
 class _CountingTrainer(SFTTrainer):
-    """SFTTrainer that counts the tokens it has learned from and keeps its mean loss."""
+    """SFTTrainer in the trial's own data order, with losses over tokens and a count of those it has learned from."""
 
+    training: TrainingSpec
     trained_tokens = 0
     _losses: list[torch.Tensor]
+    _evaluated: list[tuple[torch.Tensor, int]]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            self.trained_tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            self.trained_tokens += _learned(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -218,6 +224,45 @@ class _CountingTrainer(SFTTrainer):
         losses = self.__dict__.pop("_losses", [])
         steps = max(1, len(losses) // self.args.gradient_accumulation_steps)
         return float(torch.stack(losses).sum()) / steps if losses else math.nan
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        self._evaluated.append((found[0], _learned(inputs)))
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the mean over tokens: its mean over batches depends on how they fall."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        total = sum(float(loss) * count for loss, count in self._evaluated)
+        output.metrics["eval_loss"] = total / sum(count for _, count in self._evaluated)
+        return output
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return _Order([len(ids) for ids in self.train_dataset["input_ids"]], self.training)
+
+
+class _Order(Sampler[int]):
+    """``epoch_order`` as the data loader takes it; accelerate calls ``set_epoch``."""
+
+    def __init__(self, lengths: list[int], training: TrainingSpec) -> None:
+        self.lengths, self.training, self.epoch = lengths, training, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        training = self.training
+        strategy, batch = training.train_sampling_strategy, training.effective_batch
+        return iter(epoch_order(self.lengths, batch, strategy, training.seed, self.epoch))
+
+
+def _learned(inputs: dict[str, Any]) -> int:
+    """Tokens of a batch that are predicted and count in the loss."""
+    return int((inputs["labels"][:, 1:] != -100).sum())
 
 
 class _Schedule(TrainerCallback):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SamplingStrategy = Literal["random", "group_by_length"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 TARGET_MODULES: dict[str, str | list[str]] = {
@@ -81,6 +82,12 @@ class TrainingSpec(Spec):
     num_train_epochs: Annotated[float, Field(gt=0)] = 3
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = Field(
+        8, description="Speed alone; no loss depends on it."
+    )
+    train_sampling_strategy: SamplingStrategy = Field(
+        "random", description="group_by_length: batches of similar length, in random order; less padding."
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of the trial's own steps.")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -127,7 +127,16 @@ def test_accumulation_makes_the_same_steps(backend, trial, tmp_path: Path) -> No
     assert two[-1][0].train_loss == pytest.approx(one[-1][0].train_loss, rel=0.05)
 
 
+def test_the_eval_loss_does_not_depend_on_the_eval_batch(backend, trial, tmp_path: Path) -> None:
+    single, ten = (
+        run(backend, trial(num_train_epochs=0.5, per_device_eval_batch_size=size), tmp_path / str(size))[-1][0]
+        for size in (1, 10)
+    )
+    assert single.eval_loss == pytest.approx(ten.eval_loss, rel=1e-5)
+
+
 OPTIONS = {
+    "grouped": {"train_sampling_strategy": "group_by_length"},
     "checkpointing": {"gradient_checkpointing": True},
     "packing": {"packing": True},
     "dropout": {"lora_dropout": 0.2},

@@ -1,0 +1,34 @@
+"""The edge of every command: exit statuses, a line for people, and the one place where errors end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+DONE, FAILED, WRONG_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def say(line: str) -> None:
+    """One line for people, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def guarded(command: Callable[[], int], interrupted: str) -> int:
+    """The command's own exit status; a user's mistake is one line and 2, any other failure 1 with its trace.
+
+    Args:
+        interrupted: what to tell a user who pressed Ctrl-C.
+    """
+    try:
+        return command()
+    except ValueError as error:
+        say(f"error: {error}")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        say(interrupted)
+        return INTERRUPTED
+    except Exception as error:  # the process boundary: everything left is Winnow's or the cluster's
+        traceback.print_exc()
+        say(f"error: {error}")
+        return FAILED
