@@ -49,3 +49,16 @@ def new_directory(path: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         unfinished.rename(path)
+
+
+def read_tree(directory: Path) -> dict[str, bytes]:
+    """Every file below ``directory`` by its relative path."""
+    found = (file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): file.read_bytes() for file in found}
+
+
+def write_tree(directory: Path, tree: dict[str, bytes]) -> None:
+    """What ``read_tree`` read, into a directory of one's own."""
+    for name, content in tree.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)

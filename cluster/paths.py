@@ -73,6 +73,11 @@ def study_file(run_id: str) -> Path:
     return run_dir(run_id) / "optuna.journal"
 
 
+def engines_file(run_id: str) -> Path:
+    """What the engines of a packed run did: counted work, and which trial held which slot when."""
+    return run_dir(run_id) / "engines.json"
+
+
 def lock_file(run_id: str) -> Path:
     """Held by the one driver that may write the run."""
     return run_dir(run_id) / "driver.lock"

@@ -156,15 +156,15 @@ def ray_command() -> str:
     return str(beside) if beside.exists() else "ray"
 
 
-def check_fits(wanted: dict[str, float], total: dict[str, float]) -> None:
-    """Whether one trial of ``wanted`` resources fits a cluster of ``total``.
+def check_fits(who: str, wanted: dict[str, float], total: dict[str, float]) -> None:
+    """Whether ``who``, of ``wanted`` resources, fits a cluster of ``total``.
 
     Raises:
-        ValueError: more of a resource is wanted than the whole cluster has, so the trial would wait for ever.
+        ValueError: more of a resource is wanted than the whole cluster has, so it would wait for ever.
     """
     for name, amount in wanted.items():
         if amount > total.get(name, 0):
             raise ValueError(
-                f"resources: a trial wants {amount:g} {name} but the cluster has {total.get(name, 0):g}; "
+                f"resources: {who} wants {amount:g} {name} but the cluster has {total.get(name, 0):g}; "
                 f"ask for less in 'resources' or run on a larger cluster"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -113,15 +114,28 @@ class GateSpec(Spec):
 
 
 class ResourcesSpec(Spec):
-    """What one trial, and one evaluation, takes. Fractions of a GPU are allowed."""
+    """What one trial, one evaluation, and one engine of packed trials takes. Fractions of a GPU are allowed."""
 
-    cpus_per_trial: Annotated[float, Field(gt=0)] = 1
+    cpus_per_trial: Annotated[float, Field(gt=0)] = Field(1, description="A solo trial's, and an evaluation's.")
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+    engines: Annotated[int, Field(ge=1)] = Field(
+        1, description="Packed trials: devices that hold a base each; concurrent trials spread over them."
+    )
+    cpus_per_engine: Annotated[float, Field(gt=0)] | None = Field(None, description="Default: cpus_per_trial.")
 
     def as_ray(self) -> dict[str, float]:
-        """Ray's resource names, without zero amounts."""
-        wanted = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial}
-        return {name: amount for name, amount in wanted.items() if amount}
+        """Ray's resource names for a solo trial, without zero amounts."""
+        return _without_zeros({"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial})
+
+    def engine_as_ray(self) -> dict[str, float]:
+        """The same for an engine, which takes a whole device where its trials would take a part of one."""
+        return _without_zeros(
+            {"CPU": self.cpus_per_engine or self.cpus_per_trial, "GPU": math.ceil(self.gpus_per_trial)}
+        )
+
+
+def _without_zeros(wanted: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in wanted.items() if amount}
 
 
 class TrackingSpec(Spec):
@@ -155,7 +169,7 @@ class SweepDefinition(Spec):
     @model_validator(mode="after")
     def _search_fits_training(self) -> SweepDefinition:
         for name, distribution in self.search.space.items():
-            if name not in TrainingSpec.model_fields:
+            if name not in _searchable():
                 raise ValueError(f"search.space.{name}: must be a field of training: {', '.join(_searchable())}")
             for value in distribution.extremes():
                 self._check_value(name, value)
@@ -187,6 +201,34 @@ class SweepDefinition(Spec):
         epochs = searched.extremes() if searched else (self.training.num_train_epochs,)
         return max(float(value) for value in epochs)
 
+    @property
+    def packs(self) -> bool:
+        """Whether trials share a base: the definition's word, or where it says auto, wherever nothing is in the way."""
+        backend = self.training.backend
+        return backend == "packed" or (backend == "auto" and self.packing_obstacle is None)
+
+    @property
+    def packing_obstacle(self) -> str | None:
+        """Why trials of this definition cannot share a base; None where they can."""
+        if self.training.packing or "packing" in self.search.space:
+            return "training.packing joins examples, which packed trials do without padding anyway"
+        for name in ("target_modules", "gradient_checkpointing"):
+            if name in self.search.space:
+                return f"search.space.{name} varies what all trials of an engine share"
+        if self.base_model.dtype == "float16":
+            return "base_model.dtype float16 needs loss scaling; use bfloat16"
+        if self.base_model.attn_implementation != "auto":
+            return f"base_model.attn_implementation {self.base_model.attn_implementation} is a solo trial's choice"
+        if self.resources.gpus_per_trial > 1:
+            return f"resources.gpus_per_trial {self.resources.gpus_per_trial:g} is more than one device a trial"
+        return None
+
+    @model_validator(mode="after")
+    def _packed_is_possible(self) -> SweepDefinition:
+        if self.training.backend == "packed" and self.packing_obstacle:
+            raise ValueError(f"training.backend: must be solo or auto, because {self.packing_obstacle}")
+        return self
+
     def trial_training(self, params: dict[str, Any]) -> TrainingSpec:
         """The training section with one trial's suggested values in it.
 
@@ -197,4 +239,4 @@ class SweepDefinition(Spec):
 
 
 def _searchable() -> list[str]:
-    return sorted(TrainingSpec.model_fields)
+    return sorted(set(TrainingSpec.model_fields) - {"backend"})

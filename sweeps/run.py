@@ -74,7 +74,7 @@ def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: 
     from sweeps.search import runner, study, tracking
 
     search = definition.search
-    log(f"search: {search.num_samples} trials, {search.max_concurrent_trials} at once")
+    log(f"search: {search.num_samples} trials, {search.max_concurrent_trials} at once, {_backend(definition)}")
     trials = runner.run_search(definition, outcome.run_id, data)
     winner = study.best(trials)
     outcome.trials = [trial.as_result() for trial in trials]
@@ -130,7 +130,19 @@ def stored_definition(run_id: str) -> SweepDefinition:
 def _check_cluster(definition: SweepDefinition) -> None:
     import ray
 
-    session.check_fits(definition.resources.as_ray(), ray.cluster_resources())
+    total, resources = ray.cluster_resources(), definition.resources
+    session.check_fits("a trial", resources.as_ray(), total)
+    if definition.packs:
+        wanted = {name: amount * resources.engines for name, amount in resources.engine_as_ray().items()}
+        session.check_fits(f"{resources.engines} engine(s)", wanted, total)
+
+
+def _backend(definition: SweepDefinition) -> str:
+    if definition.packs:
+        return f"packed on {definition.resources.engines} shared base(s)"
+    if definition.training.backend == "solo":
+        return "each its own process"
+    return f"each its own process, because {definition.packing_obstacle}"
 
 
 def _reasons(trials: list[Any]) -> str:

@@ -35,7 +35,7 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> 
     assert all(set(trial) == TRIAL_KEYS for trial in result["trials"])
     run_dir = home / "runs" / result["run_id"]
     assert json.loads((run_dir / "result.json").read_text()) == result
-    assert "plotly" in (run_dir / "report.html").read_text()
+    assert "Slots over time" in (run_dir / "report.html").read_text()
     record = json.loads((Path(result["model"]["path"]) / "record.json").read_text())
     assert record["dataset_hash"] == result["dataset_hash"]
     assert {"base_model", "params", "training", "scores", "gate", "packages", "git_commit"} <= set(record)
@@ -50,7 +50,12 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> 
 
 
 def test_the_gate_rejects_with_status_3_and_registers_nothing(home: Path, definition, write) -> None:
-    content = definition(gate={"min_score": 1.0}, search={"num_samples": 1}, tracking={"enabled": False})
+    content = definition(
+        gate={"min_score": 1.0},
+        search={"num_samples": 1},
+        tracking={"enabled": False},
+        training={"backend": "solo"},
+    )
     done = winnow("sweeps", "run", write(content), "--json")
     assert done.returncode == 3, done.stderr
     result = last_json(done)
@@ -88,11 +93,15 @@ def trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=summaries[0].study_name, storage=storage).trials if summaries else []
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_an_interrupted_sweep_goes_on_and_loses_nothing(how, home: Path, definition, write) -> None:
+@pytest.mark.parametrize(
+    ("how", "backend"),
+    [(signal.SIGTERM, "packed"), (signal.SIGKILL, "packed"), (signal.SIGKILL, "solo")],
+    ids=["SIGTERM-packed", "SIGKILL-packed", "SIGKILL-solo"],
+)
+def test_an_interrupted_sweep_goes_on_and_loses_nothing(how, backend, home: Path, definition, write) -> None:
     content = definition(
         scheduler={"type": "none"},
-        training={"num_train_epochs": 2, "evals_per_epoch": 2, "per_device_train_batch_size": 4},
+        training={"backend": backend, "num_train_epochs": 2, "evals_per_epoch": 2, "per_device_train_batch_size": 4},
         tracking={"enabled": how == signal.SIGTERM},
     )
     process = start(write(content))

@@ -44,7 +44,8 @@ def _start(handed: str | None) -> int:
 def _report(step: int, loss: float | None, with_loss: bool) -> None:
     from trainables.contract import seal
 
-    facts: dict[str, Any] = {"step": step, "epoch": step / 4, "trained_tokens": 100 * step, "seconds": 0.1 * step}
+    facts: dict[str, Any] = {"step": step, "epoch": step / 4, "trained_tokens": 100 * step}
+    facts |= {"seconds": 0.1 * step, "device_seconds": 0.1 * step}
     if with_loss:
         facts["eval_loss"] = loss
     with tempfile.TemporaryDirectory() as scratch:

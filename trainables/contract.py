@@ -40,7 +40,7 @@ class Report:
 
     ``step`` lies on the axis that all trials of a sweep share: examples seen over the definition's effective batch, so
     that a scheduler compares like with like when trials differ in batch size. ``seconds`` counts training and
-    evaluation of this trial over all its attempts.
+    evaluation of this trial over all its attempts; ``device_seconds`` its share of its device in them.
     """
 
     eval_loss: float
@@ -49,6 +49,7 @@ class Report:
     trained_tokens: int
     train_loss: float
     seconds: float
+    device_seconds: float
     best_eval_loss: float
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from cluster import files
-from trainables import base, snapshot
+from trainables import base, lora, snapshot
 from trainables.contract import (
     ADAPTER,
     REPORT,
@@ -36,7 +36,7 @@ from trainables.contract import (
     steps_per_epoch,
 )
 from trainables.order import epoch_order
-from trainables.spec import TARGET_MODULES, TrainingSpec
+from trainables.spec import TrainingSpec
 
 
 def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, report: ReportFunction) -> None:
@@ -53,17 +53,6 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
         _Trial(config, workdir, resume_from, report).run()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrialFailure("oom", str(error).split("\n")[0]) from None
-
-
-def lora_config(training: TrainingSpec) -> LoraConfig:
-    return LoraConfig(
-        r=training.r,
-        lora_alpha=training.alpha,  # type: ignore[arg-type]
-        lora_dropout=training.lora_dropout,
-        target_modules=TARGET_MODULES[training.target_modules],
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 class _Trial:
@@ -120,13 +109,15 @@ class _Trial:
         train_loss = self.trainer.mean_loss_since_last_call()
         if not math.isfinite(train_loss):
             raise TrialFailure("nan", f"training loss is {train_loss} at step {self.trainer.state.global_step}")
+        seconds = self.seconds_before + time.monotonic() - self.started
         made = Report(
             eval_loss=eval_loss,
             step=shared_step(epoch, self.examples, self.config.reference_batch),
             epoch=round(epoch, 6),
             trained_tokens=self.trainer.trained_tokens,
             train_loss=train_loss,
-            seconds=self.seconds_before + time.monotonic() - self.started,
+            seconds=seconds,
+            device_seconds=seconds,
             best_eval_loss=self.best,
         )
         files.write_json(self.workdir / REPORT, made.as_dict())
@@ -157,7 +148,11 @@ def _adapted_model(config: TrialConfig) -> PeftModel:
     if config.base_model.quantization == "nf4":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     set_seed(config.training.seed)
-    return get_peft_model(model, lora_config(config.training))
+    layers = lora.targets(model, config.training.target_modules)
+    adapted = get_peft_model(model, lora.config(config.training))
+    for name, (a, _) in lora.initial_weights(layers, config.training.r, config.training.seed).items():
+        adapted.get_parameter(f"base_model.model.{name}.lora_A.default.weight").data.copy_(a)
+    return adapted
 
 
 def _dataset(data: snapshot.Snapshot, split: str) -> Dataset:
@@ -235,11 +230,13 @@ class _CountingTrainer(SFTTrainer):
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         total = sum(float(loss) * count for loss, count in self._evaluated)
+        assert output.metrics is not None
         output.metrics["eval_loss"] = total / sum(count for _, count in self._evaluated)
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _Order([len(ids) for ids in self.train_dataset["input_ids"]], self.training)
+        dataset: Any = self.train_dataset
+        return _Order([len(ids) for ids in dataset["input_ids"]], self.training)
 
 
 class _Order(Sampler[int]):

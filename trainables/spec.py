@@ -71,8 +71,12 @@ class DataSpec(Spec):
 
 
 class TrainingSpec(Spec):
-    """One trial's hyperparameters. Every field of it may be searched."""
+    """One trial's hyperparameters. Every field of it but ``backend`` may be searched."""
 
+    backend: Literal["auto", "packed", "solo"] = Field(
+        "auto",
+        description="packed: trials share one frozen base; solo: each its own process. auto: packed where it applies.",
+    )
     r: Annotated[int, Field(ge=1, le=512)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="Default: lora_alpha_ratio * r.")
     lora_alpha_ratio: Annotated[float, Field(gt=0)] = 2.0

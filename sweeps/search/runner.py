@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
@@ -21,6 +25,7 @@ from sweeps.search.study import TrialRecord
 from sweeps.search.table import LiveTable
 from sweeps.search.tracking import TrialTracking
 from sweeps.search.trainable import train_trial
+from trainables import host
 from trainables.contract import ADAPTER, REPORT, is_whole, steps_per_epoch
 from trainables.snapshot import Snapshot
 
@@ -32,6 +37,9 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+_RELAY: dict[str, float] = {"memory": 2**28}
+"""What a packed trial's own process takes: it hands reports on, and Tune wants a resource named. In bytes."""
 
 
 def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list[TrialRecord]:
@@ -50,11 +58,37 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
-        _tuner(definition, run_id, data, searcher, scheduler, left).fit()
+        with _engines(definition, run_id, data) as engines:
+            _tuner(definition, run_id, data, searcher, scheduler, left, engines).fit()
     records = studies.records(study)
     for record in records:
         _keep_adapter(run_id, record)
     return records
+
+
+@contextmanager
+def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterator[list[Any]]:
+    """The engines of a packed sweep while it runs, none of a solo one; what they did goes to the run."""
+    if not definition.packs:
+        yield []
+        return
+    training, resources = definition.training, definition.resources
+    engines = host.start(
+        resources.engines,
+        resources.engine_as_ray(),
+        definition.base_model,
+        str(data.directory),
+        target_modules=training.target_modules,
+        capacity=math.ceil(definition.search.max_concurrent_trials / resources.engines),
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    try:
+        yield engines
+        file = paths.engines_file(run_id)
+        earlier = files.read_json(file) if file.exists() else []
+        files.write_json(file, earlier + ray.get([engine.account.remote() for engine in engines]))
+    finally:
+        host.stop(engines)
 
 
 def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> WatchedASHA:
@@ -71,18 +105,22 @@ def _tuner(
     searcher: StudySearcher,
     scheduler: WatchedASHA,
     left_checkpoints: dict[int, Path],
+    engines: list[Any],
 ) -> Tuner:
     trainable: Any = tune.with_parameters(
         train_trial,
         definition=definition,
         dataset=str(data.directory),
         resume_from={studies.trial_id(number): str(found) for number, found in left_checkpoints.items()},
+        **({"engines": engines} if engines else {}),
     )
     callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
+    if engines:
+        callbacks.append(_Eviction(engines))
     if definition.tracking.enabled:
         callbacks.append(TrialTracking(definition.tracking, run_id, searcher.ledger))
     return Tuner(
-        tune.with_resources(trainable, definition.resources.as_ray()),
+        tune.with_resources(trainable, _RELAY if engines else definition.resources.as_ray()),
         tune_config=TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -101,6 +139,25 @@ def _tuner(
             verbose=0,
         ),
     )
+
+
+class _Eviction(tune.Callback):
+    """Frees the slot of a trial that is stopped or lost: its own process may not run again, or not be there any more.
+
+    A trial that goes on in its slot while the scheduler decides is not waited for; what it learned then is thrown away.
+    """
+
+    def __init__(self, engines: list[Any]) -> None:
+        self.engines = engines
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for engine in self.engines:
+            engine.evict.remote(trial.config["trial_id"])
+
+    on_trial_error = on_trial_complete
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 def _name(trial: Any) -> str:

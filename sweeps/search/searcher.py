@@ -23,7 +23,7 @@ class StudySearcher(Searcher):
     """Suggests from ``study`` until the run has ``search.num_samples`` trials.
 
     Args:
-        devices_per_trial: multiplies a trial's seconds to device-seconds.
+        devices_per_trial: that a trial holds while its backend counts seconds of one.
     """
 
     def __init__(self, study: optuna.Study, search: SearchSpec, ledger: Ledger, devices_per_trial: float) -> None:
@@ -80,10 +80,9 @@ class StudySearcher(Searcher):
         step = int(result["step"])
         if step not in _frozen(trial).intermediate_values:
             trial.report(float(result["eval_loss"]), step)
-        seconds = float(result["seconds"])
         trial.set_user_attr("trained_tokens", int(result["trained_tokens"]))
-        trial.set_user_attr("seconds", round(seconds, 3))
-        trial.set_user_attr("device_seconds", round(seconds * self.devices, 3))
+        trial.set_user_attr("seconds", round(float(result["seconds"]), 3))
+        trial.set_user_attr("device_seconds", round(float(result["device_seconds"]) * self.devices, 3))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study on disk is the state."""

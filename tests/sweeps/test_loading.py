@@ -52,6 +52,13 @@ WRONG = {
     "replicas": (
         {"serving": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 1}}}, ["min_replicas", "max_replicas=1"],
     ),
+    "backend in space": (
+        {"search": {"space": {"backend": {"choices": ["solo"]}}, "points_to_evaluate": []}}, ["search.space.backend"],
+    ),
+    "packed where it cannot be": (
+        {"training": {"backend": "packed"}, "resources": {"gpus_per_trial": 2}},
+        ["training.backend", "solo or auto", "gpus_per_trial 2 is more than one device"],
+    ),
     "not a number": ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate"]),
 }  # fmt: skip
 
@@ -104,3 +111,25 @@ def test_a_definition_cannot_be_changed(home: Path, definition, write) -> None:
     loaded = loading.load(write(definition()))
     with pytest.raises(ValueError, match="frozen"):
         loaded.training.r = 3
+
+
+@pytest.mark.parametrize(
+    ("sections", "obstacle"),
+    [
+        ({}, None),
+        ({"training": {"packing": True}}, "training.packing"),
+        ({"base_model": {"dtype": "float16"}}, "base_model.dtype"),
+        ({"base_model": {"attn_implementation": "eager"}}, "base_model.attn_implementation"),
+        ({"resources": {"gpus_per_trial": 2}}, "resources.gpus_per_trial"),
+        (
+            {"search": {"space": {"target_modules": {"choices": ["mlp"]}}, "points_to_evaluate": []}},
+            "search.space.target_modules",
+        ),
+    ],
+)
+def test_auto_packs_where_nothing_is_in_the_way(sections, obstacle, definition) -> None:
+    loaded = loading.parse(definition(**sections), "test")
+    assert loaded.packs == (obstacle is None)
+    assert (loaded.packing_obstacle or "").startswith(obstacle or "")
+    alone = loading.parse(definition(**sections | {"training": {"backend": "solo"}}), "test")
+    assert not alone.packs

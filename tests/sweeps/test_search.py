@@ -38,7 +38,7 @@ def search(home: Path, definition, monkeypatch: pytest.MonkeyPatch):
 
     def run(ranks: list[int], run_id: str = "run", **sections: Any) -> tuple[SweepDefinition, list]:
         content = definition(**sections)
-        content["training"]["num_train_epochs"] = 2
+        content["training"] |= {"num_train_epochs": 2, "backend": "solo"}  # toy trials train nothing on an engine
         content["search"] |= {
             "num_samples": len(ranks),
             "space": {"r": {"choices": sorted(set(ranks))}, "learning_rate": {"low": 0.001, "high": 1.0}},

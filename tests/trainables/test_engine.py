@@ -1,0 +1,211 @@
+"""The shared-base engine: a trial is the same bits whoever shares its base, and what stock PEFT would make of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainables import base, snapshot, solo
+from trainables.contract import Report, TrialConfig
+from trainables.engine import Engine, Evaluated, Failed
+from trainables.snapshot import Snapshot
+from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+
+Curve = list[tuple[int, float]]
+
+
+@pytest.fixture
+def spec(home: Path) -> BaseModelSpec:
+    return BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
+
+
+@pytest.fixture
+def data(home: Path, spec: BaseModelSpec) -> Snapshot:
+    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
+    general = SourceSpec(path=str(home / "sources" / "tickets" / "general-train.jsonl"), splits="train")
+    return snapshot.prepare(DataSpec(sources=(tickets, general), max_length=128), base.load_tokenizer(spec))
+
+
+@pytest.fixture
+def trial(spec: BaseModelSpec, data: Snapshot) -> Callable[..., TrialConfig]:
+    def make(name: str = "watched", **training: Any) -> TrialConfig:
+        values = {"r": 8, "learning_rate": 5e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+        return TrialConfig(name, spec, TrainingSpec(**values | training), str(data.directory), 8)
+
+    return make
+
+
+def drive(engine: Engine, between: Callable[[int], None] = lambda _: None) -> tuple[Curve, dict[str, Any]]:
+    """Runs an engine dry; the watched trial's evaluations, and what became of its weights and of all others."""
+    curve: Curve = []
+    seen: dict[str, Any] = {"failed": {}}
+    turn = 0
+    while engine.slots:
+        watched = next((slot for slot in engine.slots if slot.trial_id == "watched"), None)
+        for event in engine.advance():
+            if isinstance(event, Failed):
+                seen["failed"][event.slot.trial_id] = event.reason
+            elif event.slot is watched:
+                curve.append((event.report.step, event.report.eval_loss))
+        if watched is not None:
+            seen["weights"], seen["moments"] = watched.vector.clone(), watched.optimizer.state[watched.vector]
+        turn += 1
+        between(turn)
+    return curve, seen
+
+
+@pytest.fixture
+def alone(spec: BaseModelSpec, data: Snapshot, trial) -> Callable[..., tuple[Curve, dict[str, Any]]]:
+    def run(**training: Any) -> tuple[Curve, dict[str, Any]]:
+        engine = Engine(spec, data, capacity=1)
+        engine.admit(trial(**training))
+        return drive(engine)
+
+    return run
+
+
+def test_neighbours_that_join_leave_fail_and_are_pruned_change_no_bit(spec, data, trial, alone) -> None:
+    expected, before = alone(lora_dropout=0.1)
+    engine = Engine(spec, data, capacity=4)
+    engine.admit(trial("pruned", r=16, learning_rate=1e-3, num_train_epochs=5))
+    engine.admit(trial(lora_dropout=0.1))
+    engine.admit(trial("broken", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0))
+
+    def between(turn: int) -> None:
+        if turn == 3:
+            engine.evict("pruned")
+        if turn == 5:
+            engine.admit(trial("late", r=32, per_device_train_batch_size=4, weight_decay=0.1, seed=3))
+        if turn == 9:
+            engine.evict("late")
+
+    curve, after = drive(engine, between)
+    assert after["failed"] == {"broken": "nan"}
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+    assert all(torch.equal(after["moments"][name], before["moments"][name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_reused_slot_starts_clean(spec, data, trial, alone) -> None:
+    expected, before = alone()
+    engine = Engine(spec, data, capacity=1)
+    engine.admit(trial("first", r=8, learning_rate=1e-2))
+    for _ in range(6):
+        engine.advance()
+    engine.evict("first")
+    engine.admit(trial())
+    curve, after = drive(engine)
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+
+
+def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp_path: Path) -> None:
+    options = {"lora_dropout": 0.1, "num_train_epochs": 2}
+    expected, before = alone(**options)
+    engine = Engine(spec, data, capacity=1)
+    engine.admit(trial(**options))
+    while not (events := engine.advance()):
+        pass
+    assert isinstance(events[0], Evaluated)
+    events[0].slot.save(tmp_path / "checkpoint", events[0].report)
+    engine.advance()  # what comes after the checkpoint is lost with the engine
+    again = Engine(spec, data, capacity=2)
+    again.admit(trial("neighbour", seed=9))
+    again.admit(trial(**options), tmp_path / "checkpoint")
+    curve, after = drive(again)
+    assert curve == expected[1:]
+    assert torch.equal(after["weights"], before["weights"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"learning_rate": 2e-3, "weight_decay": 0.1, "max_grad_norm": 0.3, "lr_scheduler_type": "linear"},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["plain", "schedule", "accumulation", "checkpointing"],
+)
+def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial, tmp_path: Path) -> None:
+    config = trial(num_train_epochs=3, **options)
+    reports: list[Report] = []
+    solo.run_trial(config, tmp_path, None, lambda report, _: reports.append(report))
+    engine = Engine(spec, data, capacity=2, gradient_checkpointing="gradient_checkpointing" in options)
+    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=3))
+    engine.admit(config)
+    curve, _ = drive(engine)
+    assert len(curve) == len(reports) == 6
+    for (step, loss), report in zip(curve, reports, strict=True):
+        assert step == report.step
+        assert loss == pytest.approx(report.eval_loss, rel=0.01)
+
+
+def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(spec, data, trial, alone, monkeypatch) -> None:
+    expected, before = alone()
+    engine = Engine(spec, data, capacity=4)
+    for name in ("a", "b", "c"):
+        engine.admit(trial(name, r=16))
+    engine.admit(trial())
+    fits, real = 2, engine._losses
+
+    def small_device(packed: Any) -> Any:
+        if len(packed.parts) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(packed)
+
+    monkeypatch.setattr(engine, "_losses", small_device)
+    curve, after = drive(engine)
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+    assert (engine.together, engine.counters.splits, after["failed"]) == (2, 1, {})
+
+
+def test_a_trial_that_does_not_fit_alone_fails_as_oom_and_alone(spec, data, trial, alone, monkeypatch) -> None:
+    expected, _ = alone()
+    engine = Engine(spec, data, capacity=2)
+    engine.admit(trial("huge", r=64))
+    engine.admit(trial())
+    real = engine._losses
+
+    def small_device(packed: Any) -> Any:
+        if any(part.adapter.weights[0][0].shape[0] == 64 for part in packed.parts):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(packed)
+
+    monkeypatch.setattr(engine, "_losses", small_device)
+    curve, after = drive(engine)
+    assert curve == expected
+    assert after["failed"] == {"huge": "oom"}
+
+
+def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
+    counts = []
+    for trials in (1, 4):
+        engine = Engine(spec, data, capacity=4)
+        for number in range(trials):
+            engine.admit(trial(str(number), seed=number))
+        engine.advance()
+        counts.append(engine.counters.dequantisations)
+        assert engine.counters.adapter_steps == trials
+    assert counts[0] == counts[1] == 2 * len(engine.layers)
+
+
+def test_a_trial_of_another_kind_is_refused_by_name(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=1)
+    with pytest.raises(ValueError, match="watched: needs another base or other target_modules"):
+        engine.admit(trial(target_modules="mlp"))
+
+
+def test_the_loss_is_over_the_trials_own_learned_tokens(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=2)
+    short = engine.admit(trial("short", per_device_train_batch_size=2))
+    long = engine.admit(trial("long", per_device_train_batch_size=16))
+    engine.advance()
+    assert all(math.isfinite(slot.progress.losses[0]) for slot in (short, long))
+    assert short.progress.losses[0] == pytest.approx(long.progress.losses[0], rel=0.5)

@@ -1,0 +1,144 @@
+"""Engines as actors on a real Ray: slots are taken, freed and taken again; a lost engine loses nothing but time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import session
+from trainables import base, host, packed, snapshot
+from trainables.contract import Report, TrialConfig, TrialFailure
+from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with session.connected():
+        yield
+
+
+@pytest.fixture
+def trial(home: Path) -> Callable[..., TrialConfig]:
+    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
+    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
+    data = snapshot.prepare(DataSpec(sources=(tickets,), max_length=128), base.load_tokenizer(spec))
+
+    def make(name: str, **training: Any) -> TrialConfig:
+        values = {"r": 4, "learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+        return TrialConfig(name, spec, TrainingSpec(**values | training), str(data.directory), 8)
+
+    return make
+
+
+@pytest.fixture
+def engines(trial) -> Iterator[Callable[..., list[Any]]]:
+    started: list[Any] = []
+
+    def start(count: int, capacity: int) -> list[Any]:
+        config = trial("any")
+        started.extend(host.start(count, {"CPU": 1}, config.base_model, config.dataset, capacity=capacity))
+        return started
+
+    yield start
+    host.stop(started)
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Iterator[Callable[..., tuple[Future[None], list[Report]]]]:
+    """Runs a trial on engines in a thread, as Tune does in a process; its future and its reports so far."""
+    pool = ThreadPoolExecutor(8)
+
+    def start(engines: list[Any], config: TrialConfig, resume_from: Path | None = None) -> Any:
+        reports: list[Report] = []
+        workdir = tmp_path / config.trial_id
+        workdir.mkdir(exist_ok=True)
+        note = lambda report, _: reports.append(report)  # noqa: E731
+        return pool.submit(host.run_trial, engines, config, workdir, resume_from, note), reports
+
+    yield start
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def curve(reports: list[Report]) -> list[tuple[int, float]]:
+    return [(report.step, report.eval_loss) for report in reports]
+
+
+def alone(config: TrialConfig, workdir: Path) -> list[tuple[int, float]]:
+    reports: list[Report] = []
+    workdir.mkdir()
+    packed.run_trial(config, workdir, None, lambda report, _: reports.append(report))
+    return curve(reports)
+
+
+def wait_for(reports: list[Report], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(reports) < count:
+        assert time.monotonic() < deadline, "no report in time"
+        time.sleep(0.05)
+
+
+def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, submit, tmp_path: Path) -> None:
+    both = engines(2, capacity=1)
+    configs = [trial("a"), trial("b", r=8, seed=1), trial("c", learning_rate=1e-3)]
+    running = [submit(both, config) for config in configs]
+    for config, (future, reports) in zip(configs, running, strict=True):
+        future.result(timeout=120)
+        assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
+    accounts = ray.get([engine.account.remote() for engine in both])
+    assert sorted(stay["trial_id"] for account in accounts for stay in account["stays"]) == ["a", "b", "c"]
+    assert all(account["counters"]["base_loads"] == 1 for account in accounts)
+
+
+def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
+    one = engines(1, capacity=1)
+    first, seen = submit(one, trial("first", num_train_epochs=50))
+    wait_for(seen, 1)
+    second, reports = submit(one, trial("second"))
+    assert not reports
+    one[0].evict.remote("first")
+    first.result(timeout=60)
+    second.result(timeout=120)
+    assert len(reports) == 4
+    stays = ray.get(one[0].account.remote())["stays"]
+    assert [(stay["trial_id"], stay["slot"], stay["ending"]) for stay in stays] == [
+        ("first", 0, "evicted"),
+        ("second", 0, "ended"),
+    ]
+
+
+def test_a_failure_is_its_own_trials_alone(trial, engines, submit, tmp_path: Path) -> None:
+    one = engines(1, capacity=3)
+    healthy = trial("healthy")
+    future, reports = submit(one, healthy)
+    broken, _ = submit(one, trial("broken", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0))
+    (tmp_path / "foreign").mkdir()
+    foreign, _ = submit(one, trial("foreign"), tmp_path / "foreign")
+    with pytest.raises(TrialFailure) as nan:
+        broken.result(timeout=120)
+    with pytest.raises(TrialFailure) as unreadable:
+        foreign.result(timeout=120)
+    future.result(timeout=120)
+    assert (nan.value.reason, unreadable.value.reason) == ("nan", "error")
+    assert curve(reports) == alone(healthy, tmp_path / "alone")
+
+
+def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, tmp_path: Path) -> None:
+    one = engines(1, capacity=2)
+    config = trial("watched", num_train_epochs=6)
+    future, reports = submit(one, config)
+    wait_for(reports, 2)
+    ray.kill(one[0], no_restart=False)
+    future.result(timeout=240)
+    assert curve(reports) == alone(config, tmp_path / "alone")
+
+
+def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:
+    config = trial("any")
+    with pytest.raises(RuntimeError, match="an engine did not start"):
+        host.start(1, {"CPU": 1}, config.base_model, str(tmp_path / "no-data"), capacity=1)

@@ -1,0 +1,244 @@
+"""Engines on the cluster: each an actor on a device of its own, kept for a whole sweep, and trials that train on them.
+
+A trial's own process only relays: it finds a free slot, hands reports and checkpoints on, and goes on from its last
+checkpoint where an engine was lost.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from cluster import files
+from trainables.contract import Report, ReportFunction, TrialConfig, TrialFailure
+from trainables.spec import BaseModelSpec
+
+Message = tuple[str, Any, Any]
+"""("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
+_END: Message = ("ended", None, None)
+_POLL_S = 0.2
+
+
+def start(
+    count: int, resources: dict[str, float], spec: BaseModelSpec, dataset: str, **options: Any
+) -> list[ray.actor.ActorHandle]:
+    """Start ``count`` engines and wait until each has its base.
+
+    Args:
+        options: as ``Engine`` takes them.
+
+    Raises:
+        RuntimeError: an engine could not load its base.
+    """
+    make: Any = ray.remote(  # type: ignore[call-overload]
+        num_cpus=resources.get("CPU", 1),
+        num_gpus=resources.get("GPU", 0),
+        max_concurrency=2 * options["capacity"] + 8,  # a waiting call for each trial, and room for short ones
+        max_restarts=3,
+        scheduling_strategy="SPREAD",
+    )
+    engines = [make(EngineHost).remote(spec, dataset, options) for _ in range(count)]
+    try:
+        ray.get([engine.ready.remote() for engine in engines])
+    except RayActorError as error:
+        stop(engines)
+        raise RuntimeError(f"an engine did not start: {str(error).strip().splitlines()[-1]}") from error
+    return engines
+
+
+def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
+    for engine in engines:
+        ray.kill(engine)
+
+
+class EngineHost:
+    """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
+
+    def __init__(self, spec: BaseModelSpec, dataset: str, options: dict[str, Any]) -> None:
+        from trainables import snapshot
+        from trainables.engine import Engine
+
+        self.engine = Engine(spec, snapshot.load(Path(dataset)), **options)
+        self.changed = threading.Condition()
+        self.outboxes: dict[str, queue.Queue[Message]] = {}
+        self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def ready(self) -> None:
+        """Answers once the base is loaded."""
+
+    def reserve(self, trial_id: str) -> bool:
+        """Keep a slot for a trial, if one is free."""
+        with self.changed:
+            if trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity:
+                return False
+            self.outboxes[trial_id] = queue.Queue()
+            return True
+
+    def free(self) -> int:
+        with self.changed:
+            return self.engine.capacity - len(self.outboxes)
+
+    def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
+        """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
+        with self.changed:
+            outbox = self.outboxes[config.trial_id]
+            self.arriving.append((config, checkpoint))
+            self.changed.notify()
+        while True:
+            message = outbox.get()
+            yield message
+            if message[0] != "report":
+                return
+
+    def evict(self, trial_id: str) -> None:
+        """Free a trial's slot before the next step. A trial that is not here is none of its business."""
+        with self.changed:
+            outbox = self.outboxes.pop(trial_id, None)
+            self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
+        if outbox is not None:
+            outbox.put(_END)
+
+    def account(self) -> dict[str, Any]:
+        """Counted work, and which trial held which slot from when to when."""
+        return {"counters": self.engine.counters.as_dict(), "stays": [asdict(stay) for stay in self.engine.stays]}
+
+    def _run(self) -> None:
+        """The training thread. An error here is the engine's own: the process ends, Ray starts it again."""
+        try:
+            while True:
+                self._turn()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _turn(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.arriving or self.engine.slots)
+            arriving, self.arriving = self.arriving, []
+            for slot in list(self.engine.slots):
+                if slot.trial_id not in self.outboxes:
+                    self.engine.evict(slot.trial_id)
+        for config, checkpoint in arriving:
+            self._admit(config, checkpoint)
+        if self.engine.slots:
+            self._deliver(self.engine.advance())
+
+    def _admit(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> None:
+        import torch
+
+        with tempfile.TemporaryDirectory(prefix=f"winnow-{config.trial_id}-") as scratch:
+            if checkpoint is not None:
+                files.write_tree(Path(scratch), checkpoint)
+            try:
+                self.engine.admit(config, Path(scratch) if checkpoint is not None else None)
+            except Exception as error:  # one trial's checkpoint or settings must not end its neighbours
+                reason = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
+                self._tell(config.trial_id, ("failed", reason, f"{type(error).__name__}: {error}"))
+
+    def _deliver(self, events: Sequence[Any]) -> None:
+        from trainables.engine import Failed
+
+        for event in events:
+            if isinstance(event, Failed):
+                self._tell(event.slot.trial_id, ("failed", event.reason, event.message))
+                continue
+            with tempfile.TemporaryDirectory(prefix="winnow-checkpoint-") as scratch:
+                event.slot.save(Path(scratch) / "checkpoint", event.report)
+                saved = files.read_tree(Path(scratch) / "checkpoint")
+            self._tell(event.slot.trial_id, ("report", event.report, saved))
+            if event.slot.ended:
+                self._tell(event.slot.trial_id, _END)
+
+    def _tell(self, trial_id: str, message: Message) -> None:
+        """Tell a trial's caller; a last message gives its reservation back."""
+        with self.changed:
+            outbox = self.outboxes.get(trial_id) if message[0] == "report" else self.outboxes.pop(trial_id, None)
+        if outbox is not None:
+            outbox.put(message)
+
+
+def run_trial(
+    engines: Sequence[ray.actor.ActorHandle],
+    config: TrialConfig,
+    workdir: Path,
+    resume_from: Path | None,
+    report: ReportFunction,
+) -> None:
+    """As a backend's ``run_trial``, in the first free slot of ``engines``.
+
+    Raises:
+        TrialFailure: as the engine reported it.
+        RayActorError: every engine is gone for good.
+    """
+    relay = _Relay(config, workdir, resume_from, report)
+    while not relay.ended:
+        engine = _reserve(engines, config.trial_id)
+        try:
+            relay.follow(engine)
+        except ActorDiedError:
+            raise
+        except RayActorError:
+            time.sleep(_POLL_S)  # Ray is starting it again
+        finally:
+            engine.evict.remote(config.trial_id)
+
+
+class _Relay:
+    """A trial's process: what it hands to the engine and what it takes from it."""
+
+    def __init__(self, config: TrialConfig, workdir: Path, resume_from: Path | None, report: ReportFunction) -> None:
+        self.config, self.workdir, self.report, self.ended = config, workdir, report, False
+        self.checkpoint = files.read_tree(resume_from) if resume_from else None
+
+    def follow(self, engine: ray.actor.ActorHandle) -> None:
+        messages: Any = engine.train.options(num_returns="streaming").remote(self.config, self.checkpoint)
+        for reference in messages:
+            kind, first, second = ray.get(reference)
+            if kind == "failed":
+                raise TrialFailure(first, second)
+            if kind == "ended":
+                self.ended = True
+                return
+            self._reported(first, second)
+
+    def _reported(self, made: Report, saved: dict[str, bytes]) -> None:
+        self.checkpoint = saved
+        handed = self.workdir / "handed-out"
+        shutil.rmtree(handed, ignore_errors=True)
+        files.write_tree(handed, saved)
+        self.report(made, handed)
+
+
+def _reserve(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> ray.actor.ActorHandle:
+    """A slot in the engine with most room; waits while all are taken or starting again."""
+    while True:
+        for _, place in sorted((-_room(engine), place) for place, engine in enumerate(engines)):
+            try:
+                if ray.get(engines[place].reserve.remote(trial_id)):
+                    return engines[place]
+            except ActorDiedError:
+                if len(engines) == 1:
+                    raise
+            except RayActorError:
+                continue
+        time.sleep(_POLL_S)
+
+
+def _room(engine: ray.actor.ActorHandle) -> int:
+    try:
+        return int(ray.get(engine.free.remote()))  # type: ignore[call-overload]
+    except RayActorError:
+        return -1

@@ -1,0 +1,38 @@
+"""The ``packed`` backend for one trial alone: the shared engine with one slot, behind the trial contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainables import snapshot
+from trainables.contract import ReportFunction, TrialConfig, TrialFailure
+from trainables.engine import Engine, Failed
+
+
+def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, report: ReportFunction) -> None:
+    """Train one adapter to the end of its schedule; as ``solo.run_trial``.
+
+    Raises:
+        TrialFailure: out of memory, or a loss that is no finite number.
+    """
+    training = config.training
+    try:
+        engine = Engine(
+            config.base_model,
+            snapshot.load(Path(config.dataset)),
+            training.target_modules,
+            capacity=1,
+            gradient_checkpointing=training.gradient_checkpointing,
+        )
+        engine.admit(config, resume_from)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrialFailure("oom", str(error).split("\n")[0]) from None
+    while engine.slots:
+        for event in engine.advance():
+            if isinstance(event, Failed):
+                raise TrialFailure(event.reason, event.message)
+            checkpoint = workdir / f"step-{event.report.step}"
+            event.slot.save(checkpoint, event.report)
+            report(event.report, checkpoint)
