@@ -95,8 +95,8 @@ def trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.parametrize(
     ("how", "backend"),
-    [(signal.SIGTERM, "packed"), (signal.SIGKILL, "packed"), (signal.SIGKILL, "solo")],
-    ids=["SIGTERM-packed", "SIGKILL-packed", "SIGKILL-solo"],
+    [(signal.SIGTERM, "solo"), (signal.SIGKILL, "packed")],
+    ids=["SIGTERM-solo", "SIGKILL-packed"],
 )
 def test_an_interrupted_sweep_goes_on_and_loses_nothing(how, backend, home: Path, definition, write) -> None:
     content = definition(

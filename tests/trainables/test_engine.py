@@ -133,14 +133,14 @@ def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp
     ids=["plain", "schedule", "accumulation", "checkpointing"],
 )
 def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial, tmp_path: Path) -> None:
-    config = trial(num_train_epochs=3, **options)
+    config = trial(num_train_epochs=2, **options)
     reports: list[Report] = []
     solo.run_trial(config, tmp_path, None, lambda report, _: reports.append(report))
     engine = Engine(spec, data, capacity=2, gradient_checkpointing="gradient_checkpointing" in options)
-    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=3))
+    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=2))
     engine.admit(config)
     curve, _ = drive(engine)
-    assert len(curve) == len(reports) == 6
+    assert len(curve) == len(reports) == 4
     for (step, loss), report in zip(curve, reports, strict=True):
         assert step == report.step
         assert loss == pytest.approx(report.eval_loss, rel=0.01)
