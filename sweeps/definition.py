@@ -208,6 +208,11 @@ class SweepDefinition(Spec):
         return backend == "packed" or (backend == "auto" and self.packing_obstacle is None)
 
     @property
+    def slots_per_engine(self) -> int:
+        """Trials that share one base at once."""
+        return math.ceil(self.search.max_concurrent_trials / self.resources.engines)
+
+    @property
     def packing_obstacle(self) -> str | None:
         """Why trials of this definition cannot share a base; None where they can."""
         if self.training.packing or "packing" in self.search.space:

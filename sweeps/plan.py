@@ -23,7 +23,7 @@ def plan(definition: SweepDefinition, train_examples: int, trained_tokens: int) 
     return {
         "trials": search.num_samples,
         "concurrent_trials": search.max_concurrent_trials,
-        "resources_per_trial": definition.resources.as_ray(),
+        **_backend(definition),
         "train_examples": train_examples,
         "steps_per_epoch": an_epoch,
         "longest_trial_steps": longest,
@@ -31,6 +31,21 @@ def plan(definition: SweepDefinition, train_examples: int, trained_tokens: int) 
         "most_steps": longest * search.num_samples,
         "most_trained_tokens": round(trained_tokens * definition.longest_trial_epochs) * search.num_samples,
     }
+
+
+def _backend(definition: SweepDefinition) -> dict[str, Any]:
+    """Who trains, on what, and where trials could have shared a base but do not, why."""
+    resources = definition.resources
+    if definition.packs:
+        return {
+            "backend": "packed",
+            "engines": resources.engines,
+            "slots_per_engine": definition.slots_per_engine,
+            "resources_per_engine": resources.engine_as_ray(),
+        }
+    asked = definition.training.backend == "solo"
+    reason = {} if asked else {"solo_because": definition.packing_obstacle}
+    return {"backend": "solo", "resources_per_trial": resources.as_ray()} | reason
 
 
 def _rungs(first: float, longest: float, factor: float) -> list[float]:

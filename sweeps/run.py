@@ -85,6 +85,8 @@ def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: 
         raise KeyboardInterrupt
     if winner is None:
         raise RuntimeError(f"no trial completed: {_reasons(trials)}")
+    if saved := runner.savings(outcome.run_id):
+        log(saved)
     log(f"winner: {winner.trial_id}, eval loss {winner.eval_loss:.4f}")
     return winner.as_result()
 
@@ -139,7 +141,7 @@ def _check_cluster(definition: SweepDefinition) -> None:
 
 def _backend(definition: SweepDefinition) -> str:
     if definition.packs:
-        return f"packed on {definition.resources.engines} shared base(s)"
+        return f"packed (engines: {definition.resources.engines}, slots in each: {definition.slots_per_engine})"
     if definition.training.backend == "solo":
         return "each its own process"
     return f"each its own process, because {definition.packing_obstacle}"

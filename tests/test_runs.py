@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> 
     assert (run_dir / "trials" / result["best_trial_id"] / "adapter" / "adapter_model.safetensors").exists()
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 4, "three trials and the summary"
     assert "Traceback" not in done.stderr
+    assert re.search(r"packing: \d+ device-seconds of training, \d+ one trial at a time", done.stderr)
     promoted = winnow("sweeps", "promote", result["run_id"], "--json")
     assert last_json(promoted)["model"]["version"] == result["model"]["version"]
     for command in ("status", "report"):
@@ -159,6 +161,7 @@ def test_more_gpus_than_there_are(home: Path, definition, write) -> None:
 def test_plan_counts_before_anything_runs(home: Path, definition, write) -> None:
     planned = last_json(winnow("sweeps", "plan", write(definition()), "--json"))
     assert planned["trials"] == 3
+    assert (planned["backend"], planned["engines"], planned["slots_per_engine"]) == ("packed", 1, 2)
     assert planned["longest_trial_steps"] == planned["steps_per_epoch"]
     assert planned["rungs"] == [planned["steps_per_epoch"] / 2]
 

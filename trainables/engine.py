@@ -6,21 +6,22 @@ and another trial admitted between any two calls.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
 
 from trainables import base, lora
 from trainables.contract import Reason, Report, TrialConfig
 from trainables.packing import ATTENTION, Example, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
 from trainables.snapshot import Snapshot
-from trainables.spec import BaseModelSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class Counters:
     passes: int = 0
     adapter_steps: int = 0
     trained_tokens: int = 0
-    dequantisations: int = 0
+    tokens: int = 0
+    """That training passes went over, learned or not."""
+    training_s: float = 0.0
+    """Seconds of training passes, evaluation and optimizers apart."""
     slot_steps: int = 0
     idle_slot_steps: int = 0
     steps_past_stop: int = 0
     splits: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 class Engine:
@@ -100,6 +101,11 @@ class Engine:
         self.packed = [self._replace(layer.name, places.get(layer.name)) for layer in every]
         self.started = time.monotonic()
 
+    @property
+    def dequantisations(self) -> int:
+        """Of all layers so far."""
+        return sum(layer.dequantisations for layer in self.packed)
+
     def admit(self, config: TrialConfig, resume_from: Path | None = None) -> Slot:
         """Give a trial a slot of its own, from its start or from a checkpoint.
 
@@ -126,25 +132,39 @@ class Engine:
         """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots."""
         self.counters.slot_steps += self.capacity
         self.counters.idle_slot_steps += self.capacity - len(self.slots)
-        failed = [*self._together(self.slots, self._step)]
-        alive = [slot for slot in self.slots if slot not in {failure.slot for failure in failed}]
-        due = [slot for slot in alive if slot.due]
-        found: dict[str, float] = {}
-        failed += self._together(due, lambda group: found.update(self.evaluate(group)) or [])
-        events: list[Evaluated] = []
-        for slot in due:
-            if slot.trial_id not in found:
-                continue
-            if not torch.isfinite(torch.tensor(found[slot.trial_id])):
-                failed.append(_not_finite(slot, "eval loss"))
-            else:
-                events.append(Evaluated(slot, slot.evaluated(found[slot.trial_id], len(self.train))))
-        for failure in failed:
+        failed = self._step()
+        due = [slot for slot in self.slots if slot.due and slot not in [failure.slot for failure in failed]]
+        reports, unusable = self._judge(due)
+        for failure in failed + unusable:
             self._leave(failure.slot, "failed")
-        for event in events:
+        for event in reports:
             if event.slot.ended:
                 self._leave(event.slot, "ended")
-        return [*events, *failed]
+        return [*reports, *failed, *unusable]
+
+    def _step(self) -> list[Failed]:
+        """One optimizer step of every slot."""
+        steps: dict[str, tuple[float, int]] = {}
+        failed = [*self._together(self.slots, lambda group: steps.update(self._learn(group)))]
+        for slot in self.slots:
+            if slot.trial_id in steps:
+                failed += self._update(slot, *steps[slot.trial_id])
+        return failed
+
+    def _judge(self, slots: Sequence[Slot]) -> tuple[list[Evaluated], list[Failed]]:
+        """Evaluations, and the trials that have none to show."""
+        found: dict[str, float] = {}
+        failed = [*self._together(slots, lambda group: found.update(self.evaluate(group)))]
+        reports = []
+        for slot in slots:
+            loss = found.get(slot.trial_id)
+            if loss is None:
+                continue  # it failed
+            if math.isfinite(loss):
+                reports.append(Evaluated(slot, slot.evaluated(loss, len(self.train))))
+            else:
+                failed.append(_not_finite(slot, "eval loss"))
+        return reports, failed
 
     def evaluate(self, slots: Sequence[Slot]) -> dict[str, float]:
         """Mean negative log likelihood, in nats, of the eval split's learned tokens, by trial."""
@@ -157,8 +177,23 @@ class Engine:
                 for (k, _), loss, part in zip(batches, self._losses(packed), packed.parts, strict=True):
                     total, tokens = totals[slots[k].trial_id]
                     totals[slots[k].trial_id] = (total + float(loss), tokens + len(part.next_ids))
-        _charge(slots, started)
+        _charge(slots, [1] * len(slots), time.monotonic() - started)
         return {trial_id: total / tokens for trial_id, (total, tokens) in totals.items()}
+
+    def seconds_alone(self, training: TrainingSpec, steps: int = 3) -> float:
+        """Measure what one trial alone costs here: seconds a token of a training pass. Before trials are admitted."""
+        assert not self.slots, "a probe needs the engine to itself"
+        probe = Slot(TrialConfig("probe", self.spec, training, "", 1), self.layers, self.lengths, self.device)
+        seconds = []
+        for _ in range(steps + 1):  # the first allocates what later ones reuse
+            before = (self.counters.training_s, self.counters.tokens)
+            loss, learned = self._learn([probe])["probe"]
+            probe.update(loss, learned)
+            seconds.append((self.counters.training_s - before[0]) / (self.counters.tokens - before[1]))
+        self.counters = Counters(base_loads=self.counters.base_loads)
+        for layer in self.packed:
+            layer.dequantisations = 0
+        return statistics.median(seconds[1:])
 
     def _stay(self, slot: Slot) -> None:
         taken = {stay.slot for stay in self.stays if stay.left_s is None}
@@ -171,30 +206,38 @@ class Engine:
         stay.left_s, stay.ending = time.monotonic() - self.started, ending
         stay.steps = slot.progress.step
 
-    def _step(self, slots: Sequence[Slot]) -> list[Failed]:
+    def _learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:
+        """Gradients of each trial's next step; by trial its loss and the tokens that it is a mean over."""
         started = time.monotonic()
         self.model.train()
         plans = [[[self.train[i] for i in batch] for batch in slot.micro_batches()] for slot in slots]
-        tokens = [sum(_learned(batch) for batch in plan) for plan in plans]
+        learned = [sum(_learned(batch) for batch in plan) for plan in plans]
         sums = [0.0] * len(slots)
         for slot in slots:
             slot.clear()
         for place, batches in enumerate(_rounds(plans)):
             packed = pack([(slots[k].adapter(place), rows) for k, rows in batches], self.device)
-            shares = [loss / tokens[k] for (k, _), loss in zip(batches, self._losses(packed), strict=True)]
+            shares = [loss / learned[k] for (k, _), loss in zip(batches, self._losses(packed), strict=True)]
             torch.stack(shares).sum().backward()
             for (k, _), share in zip(batches, shares, strict=True):
                 sums[k] += float(share.detach())
-        _charge(slots, started)
-        failed = []
-        for slot, loss, learned in zip(slots, sums, tokens, strict=True):
-            if slot.update(loss, learned):
-                self.counters.adapter_steps += 1
-                self.counters.trained_tokens += learned
-            else:
-                failed.append(_not_finite(slot, "training loss or gradient"))
-        self.counters.dequantisations = sum(layer.dequantisations for layer in self.packed)
-        return failed
+        tokens, seconds = [_tokens(plan) for plan in plans], time.monotonic() - started
+        _charge(slots, tokens, seconds)
+        self.counters.tokens += sum(tokens)
+        self.counters.training_s += seconds
+        return {slot.trial_id: (sums[k], learned[k]) for k, slot in enumerate(slots)}
+
+    def _update(self, slot: Slot, loss: float, learned: int) -> list[Failed]:
+        """A trial's optimizer step. Apart from ``_learn``, which may be tried again: no step is taken twice."""
+        try:
+            stepped = slot.update(loss, learned)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return [Failed(slot, "oom", str(error).split("\n")[0])]
+        if not stepped:
+            return [_not_finite(slot, "training loss or gradient")]
+        self.counters.adapter_steps += 1
+        self.counters.trained_tokens += learned
+        return []
 
     def _losses(self, packed: Pack) -> list[torch.Tensor]:
         """Summed loss of each part."""
@@ -204,16 +247,15 @@ class Engine:
         embedded = self.model.get_input_embeddings()(packed.input_ids[None])
         if torch.is_grad_enabled():
             embedded.requires_grad_()  # everything before the first adapter is frozen, so autograd needs a start
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            hidden = self.model.get_decoder()(
-                inputs_embeds=embedded,
-                attention_mask=None,
-                position_ids=packed.positions[None],
-                use_cache=False,
-                pack=packed,
-            ).last_hidden_state[0]
+        hidden = self.model.get_decoder()(
+            inputs_embeds=embedded,
+            attention_mask=None,
+            position_ids=packed.positions[None],
+            use_cache=False,
+            pack=packed,
+        ).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
-        shares = hidden.to(weight.dtype).split([part.end - part.start for part in packed.parts])
+        shares = hidden.split([part.end - part.start for part in packed.parts])
         return [
             HeadLoss.apply(share.index_select(0, part.predicting), weight, part.next_ids)
             for share, part in zip(shares, packed.parts, strict=True)
@@ -228,11 +270,10 @@ class Engine:
         while waiting:
             group = waiting[: self.together]
             try:
-                failures = work(group)
+                work(group)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 message = str(error).split("\n")[0]
             else:
-                yield from failures
                 waiting = waiting[len(group) :]
                 continue
             if self.device.type == "cuda":
@@ -251,8 +292,6 @@ class Engine:
     def _load(self, gradient_checkpointing: bool) -> Any:
         model: Any = base.load_model(self.spec)
         self.counters.base_loads += 1
-        if self.spec.quantization == "nf4":
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.requires_grad_(False)
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
@@ -277,10 +316,14 @@ def _learned(batch: Sequence[Example]) -> int:
     return sum(int((example.labels[1:] != -100).sum()) for example in batch)
 
 
-def _charge(slots: Sequence[Slot], started: float) -> None:
-    """A pass's time, shared equally: the same batch size makes about the same work."""
-    for slot in slots:
-        slot.progress.device_seconds += (time.monotonic() - started) / len(slots)
+def _tokens(plan: Sequence[Sequence[Example]]) -> int:
+    return sum(len(example.input_ids) for batch in plan for example in batch)
+
+
+def _charge(slots: Sequence[Slot], weights: Sequence[int], seconds: float) -> None:
+    """A pass's time to the trials in it, by weight."""
+    for slot, weight in zip(slots, weights, strict=True):
+        slot.progress.device_seconds += seconds * weight / sum(weights)
 
 
 def _not_finite(slot: Slot, what: str) -> Failed:

@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster import files
 from trainables.contract import Report, ReportFunction, TrialConfig, TrialFailure
-from trainables.spec import BaseModelSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 Message = tuple[str, Any, Any]
 """("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
@@ -32,11 +32,17 @@ _POLL_S = 0.2
 
 
 def start(
-    count: int, resources: dict[str, float], spec: BaseModelSpec, dataset: str, **options: Any
+    count: int,
+    resources: dict[str, float],
+    spec: BaseModelSpec,
+    dataset: str,
+    training: TrainingSpec,
+    **options: Any,
 ) -> list[ray.actor.ActorHandle]:
     """Start ``count`` engines and wait until each has its base.
 
     Args:
+        training: of a typical trial, to measure what one alone costs.
         options: as ``Engine`` takes them.
 
     Raises:
@@ -49,7 +55,7 @@ def start(
         max_restarts=3,
         scheduling_strategy="SPREAD",
     )
-    engines = [make(EngineHost).remote(spec, dataset, options) for _ in range(count)]
+    engines = [make(EngineHost).remote(spec, dataset, training, options) for _ in range(count)]
     try:
         ray.get([engine.ready.remote() for engine in engines])
     except RayActorError as error:
@@ -66,11 +72,12 @@ def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
 class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
-    def __init__(self, spec: BaseModelSpec, dataset: str, options: dict[str, Any]) -> None:
+    def __init__(self, spec: BaseModelSpec, dataset: str, training: TrainingSpec, options: dict[str, Any]) -> None:
         from trainables import snapshot
         from trainables.engine import Engine
 
         self.engine = Engine(spec, snapshot.load(Path(dataset)), **options)
+        self.alone_s_per_token = self.engine.seconds_alone(training)
         self.changed = threading.Condition()
         self.outboxes: dict[str, queue.Queue[Message]] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
@@ -112,8 +119,12 @@ class EngineHost:
             outbox.put(_END)
 
     def account(self) -> dict[str, Any]:
-        """Counted work, and which trial held which slot from when to when."""
-        return {"counters": self.engine.counters.as_dict(), "stays": [asdict(stay) for stay in self.engine.stays]}
+        """Counted work, which trial held which slot from when to when, and what a token costs one trial alone."""
+        return {
+            "counters": asdict(self.engine.counters) | {"dequantisations": self.engine.dequantisations},
+            "alone_s_per_token": self.alone_s_per_token,
+            "stays": [asdict(stay) for stay in self.engine.stays],
+        }
 
     def _run(self) -> None:
         """The training thread. An error here is the engine's own: the process ends, Ray starts it again."""

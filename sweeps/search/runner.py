@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -78,8 +77,9 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
         resources.engine_as_ray(),
         definition.base_model,
         str(data.directory),
+        training,
         target_modules=training.target_modules,
-        capacity=math.ceil(definition.search.max_concurrent_trials / resources.engines),
+        capacity=definition.slots_per_engine,
         gradient_checkpointing=training.gradient_checkpointing,
     )
     try:
@@ -89,6 +89,21 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
         files.write_json(file, earlier + ray.get([engine.account.remote() for engine in engines]))
     finally:
         host.stop(engines)
+
+
+def savings(run_id: str) -> str | None:
+    """What packing saved in a run's training, as a line; None for a run of solo trials.
+
+    Both sides are the engines' own clocks: seconds of packed passes, and the tokens in them at the speed that each
+    engine measured for one trial alone before it took any.
+    """
+    file = paths.engines_file(run_id)
+    if not file.exists():
+        return None
+    engines = files.read_json(file)
+    packed = sum(engine["counters"]["training_s"] for engine in engines)
+    alone = sum(engine["counters"]["tokens"] * engine["alone_s_per_token"] for engine in engines)
+    return f"packing: {packed:.0f} device-seconds of training, {alone:.0f} one trial at a time ({alone / packed:.2f}x)"
 
 
 def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> WatchedASHA:

@@ -184,6 +184,33 @@ def test_a_trial_that_does_not_fit_alone_fails_as_oom_and_alone(spec, data, tria
     assert after["failed"] == {"huge": "oom"}
 
 
+def test_no_memory_for_an_optimizer_fails_its_trial_and_steps_no_other_twice(
+    spec, data, trial, alone, monkeypatch
+) -> None:
+    expected, before = alone()
+    engine = Engine(spec, data, capacity=2)
+    engine.admit(trial())
+    huge = engine.admit(trial("huge"))
+
+    def no_room(*_: object) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(huge, "update", no_room)
+    curve, after = drive(engine)
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+    assert after["failed"] == {"huge": "oom"}
+
+
+def test_a_probe_of_the_cost_alone_leaves_no_trace(spec, data, trial, alone) -> None:
+    expected, _ = alone()
+    engine = Engine(spec, data, capacity=1)
+    assert engine.seconds_alone(trial().training) > 0
+    assert (engine.counters.adapter_steps, engine.counters.tokens, engine.dequantisations) == (0, 0, 0)
+    engine.admit(trial())
+    assert drive(engine)[0] == expected
+
+
 def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
     counts = []
     for trials in (1, 4):
@@ -191,7 +218,7 @@ def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
         for number in range(trials):
             engine.admit(trial(str(number), seed=number))
         engine.advance()
-        counts.append(engine.counters.dequantisations)
+        counts.append(engine.dequantisations)
         assert engine.counters.adapter_steps == trials
     assert counts[0] == counts[1] == 2 * len(engine.layers)
 

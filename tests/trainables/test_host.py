@@ -42,7 +42,9 @@ def engines(trial) -> Iterator[Callable[..., list[Any]]]:
 
     def start(count: int, capacity: int) -> list[Any]:
         config = trial("any")
-        started.extend(host.start(count, {"CPU": 1}, config.base_model, config.dataset, capacity=capacity))
+        started.extend(
+            host.start(count, {"CPU": 1}, config.base_model, config.dataset, config.training, capacity=capacity)
+        )
         return started
 
     yield start
@@ -93,6 +95,7 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     accounts = ray.get([engine.account.remote() for engine in both])
     assert sorted(stay["trial_id"] for account in accounts for stay in account["stays"]) == ["a", "b", "c"]
     assert all(account["counters"]["base_loads"] == 1 for account in accounts)
+    assert all(account["alone_s_per_token"] > 0 for account in accounts)
 
 
 def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
@@ -141,4 +144,4 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
 def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:
     config = trial("any")
     with pytest.raises(RuntimeError, match="an engine did not start"):
-        host.start(1, {"CPU": 1}, config.base_model, str(tmp_path / "no-data"), capacity=1)
+        host.start(1, {"CPU": 1}, config.base_model, str(tmp_path / "no-data"), config.training, capacity=1)

@@ -1,0 +1,308 @@
+"""Adapter-steps a second of the shared-base engine against solo training, whole machine against whole machine.
+
+    python scripts/bench_engine.py --json [--device cuda] [--shape tiny|0.5b|8b] [--rounds 3] [--picture FILE]
+
+Three sides, interleaved in one go, for each number of adapters K and of tokens in one adapter's step:
+
+- packed: on a CPU one engine a core, as the quickstart has them, the K slots spread over them; on a GPU one engine;
+- sequential: the K steps one after the other in one process, with all cores;
+- concurrent: as many solo processes as there are cores (on a GPU: ``--processes``), each on its own.
+
+Solo is stock transformers, peft and bitsandbytes: forward, backward, clip, AdamW. What a trainer adds around a step is
+not counted, so the ratios understate what a sweep gains. Each side's processes live as long as the benchmark; ratios
+are medians over rounds. Weights are random: no ratio depends on them. No Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "tiny": (128, 344, 4, 4, 2, 1536),
+    "0.5b": (896, 4864, 24, 14, 2, 151_936),
+    "8b": (4096, 14_336, 32, 32, 8, 128_256),
+}
+ROWS = 8
+"""Examples in a batch where a step has tokens enough for that."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the curve."""
+
+    slots: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a worker process is: an engine's or solo's, with so many threads."""
+
+    kind: str
+    threads: int
+    base: str
+    r: int
+
+
+def main() -> int:
+    arguments = _arguments()
+    cores = len(os.sched_getaffinity(0))
+    cuda = arguments.device == "cuda"
+    engines, processes = (1, arguments.processes or 4) if cuda else (cores, arguments.processes or cores)
+    with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
+        base = _make_base(arguments.shape, Path(scratch))
+        sides = {
+            "packed": [Side("packed", 1 if not cuda else cores, base, arguments.r)] * engines,
+            "sequential": [Side("solo", cores, base, arguments.r)],
+            "concurrent": [Side("solo", 1, base, arguments.r)] * processes,
+        }
+        crews = {name: [_Worker(side) for side in crew] for name, crew in sides.items()}
+        points = [Point(k, t) for t in arguments.tokens for k in arguments.slots]
+        curve = [_measure(point, crews, arguments.rounds, arguments.steps) for point in points]
+        for worker in (worker for crew in crews.values() for worker in crew):
+            worker.stop()
+    result = {"device": _device_name(cuda), "shape": arguments.shape, "rounds": arguments.rounds, "curve": curve}
+    if arguments.picture:
+        _draw(result, arguments.picture)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _measure(point: Point, crews: dict[str, list[_Worker]], rounds: int, steps: int) -> dict[str, Any]:
+    """Median adapter-steps a second of each side, and packed over each of the others."""
+    rates: dict[str, list[float]] = {name: [] for name in crews}
+    for crew in crews.values():  # what a first step compiles or allocates is nobody's speed
+        _rate(point, crew, 1)
+    for _ in range(rounds):
+        for name, crew in crews.items():
+            rates[name].append(_rate(point, crew, steps))
+    ratios = {
+        f"vs_{name}": statistics.median(p / s for p, s in zip(rates["packed"], rates[name], strict=True))
+        for name in ("sequential", "concurrent")
+    }
+    found = {"slots": point.slots, "tokens": point.tokens}
+    found |= {name: round(statistics.median(values), 3) for name, values in rates.items()}
+    found |= {name: round(ratio, 3) for name, ratio in ratios.items()}
+    print(f"  {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def _rate(point: Point, crew: list[_Worker], steps: int) -> float:
+    """Adapter-steps a second of a crew that shares ``point.slots`` adapters; a solo worker steps one at a time."""
+    shares = [len(range(place, point.slots, len(crew))) for place in range(len(crew))]
+    started = time.monotonic()
+    busy = [(worker, share) for worker, share in zip(crew, shares, strict=True) if share]
+    for worker, share in busy:
+        worker.send((share, point.tokens, steps))
+    for worker, _ in busy:
+        worker.receive()
+    return point.slots * steps / (time.monotonic() - started)
+
+
+class _Worker:
+    """A process of one side."""
+
+    def __init__(self, side: Side) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(side, theirs), daemon=True)
+        self.process.start()
+        self.receive()
+
+    def send(self, order: tuple[int, int, int] | None) -> None:
+        self.pipe.send(order)
+
+    def receive(self) -> None:
+        if self.pipe.recv() != "done":
+            raise RuntimeError("a worker of the benchmark failed; its error stands above")
+
+    def stop(self) -> None:
+        self.send(None)
+        self.process.join()
+
+
+def _work(side: Side, pipe: Connection) -> None:
+    """Loads the base, then steps ``steps`` times with ``share`` adapters of ``tokens`` tokens, as often as told."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(side.threads)
+    stepper: Any = _Packed(side) if side.kind == "packed" else _Solo(side)
+    pipe.send("done")
+    while (order := pipe.recv()) is not None:
+        stepper.step(*order)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pipe.send("done")
+
+
+class _Rows:
+    """As much of a snapshot as an engine reads."""
+
+    def __init__(self, tokens: int, vocabulary: int) -> None:
+        self.found = [_row(tokens, vocabulary, seed) for seed in range(64 * ROWS)]
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        return self.found if split == "train" else self.found[:1]
+
+
+class _Packed:
+    """The engine, with as many slots as are asked for."""
+
+    def __init__(self, side: Side) -> None:
+        from trainables.engine import Engine
+        from trainables.spec import BaseModelSpec
+
+        self.spec, self.r = BaseModelSpec(model_name_or_path=side.base), side.r
+        self.engine: Any = Engine(self.spec, _Rows(32, 64), capacity=32)  # type: ignore[arg-type]
+        self.asked: tuple[int, int] = (0, 0)
+
+    def step(self, share: int, tokens: int, steps: int) -> None:
+        if self.asked != (share, tokens):
+            self._fill(share, tokens)
+        for _ in range(steps):
+            self.engine.advance()
+
+    def _fill(self, share: int, tokens: int) -> None:
+        from trainables.contract import TrialConfig
+        from trainables.slots import examples_of
+        from trainables.spec import TrainingSpec
+
+        engine, self.asked = self.engine, (share, tokens)
+        engine.slots, engine.stays = [], []
+        engine.train = examples_of(_Rows(tokens, engine.model.config.vocab_size).rows("train"))
+        engine.lengths = [len(example.input_ids) for example in engine.train]
+        batch = _rows(tokens)
+        for number in range(share):
+            training = TrainingSpec(
+                r=self.r, num_train_epochs=10_000, per_device_train_batch_size=batch, evals_per_epoch=1, seed=number
+            )
+            engine.admit(TrialConfig(f"t{number}", self.spec, training, "", batch))
+
+
+class _Solo:
+    """Stock peft on the same base: one adapter's step after the other's."""
+
+    def __init__(self, side: Side) -> None:
+        import torch
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        from trainables import base, lora
+        from trainables.spec import BaseModelSpec, TrainingSpec
+
+        spec = BaseModelSpec(model_name_or_path=side.base)
+        model = prepare_model_for_kbit_training(base.load_model(spec), use_gradient_checkpointing=False)
+        self.model = get_peft_model(model, lora.config(TrainingSpec(r=side.r))).train()
+        self.dtype, self.device = base.compute_dtype(spec), base.device()
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=2e-4)
+        self.vocabulary = model.config.vocab_size
+
+    def step(self, share: int, tokens: int, steps: int) -> None:
+        import torch
+
+        rows = [_row(tokens, self.vocabulary, seed) for seed in range(_rows(tokens))]
+        ids, labels = (torch.tensor([row[k] for row in rows], device=self.device) for k in ("input_ids", "labels"))
+        for _ in range(steps * share):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                loss = self.model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def _rows(tokens: int) -> int:
+    return min(ROWS, tokens // 8)
+
+
+def _row(tokens: int, vocabulary: int, seed: int) -> dict[str, list[int]]:
+    """One example: all of a length, as no padding at all is solo's best case; half of its tokens are learned."""
+    import numpy
+
+    length = tokens // _rows(tokens)
+    ids = numpy.random.default_rng(seed).integers(0, vocabulary, length).tolist()
+    return {"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]}
+
+
+def _make_base(shape: str, directory: Path) -> str:
+    """A Llama of that shape with random weights, as an ordinary directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=shape != "8b",
+        max_position_embeddings=8192,
+    )
+    print(f"making a base of shape {shape} with random weights", file=sys.stderr, flush=True)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if shape != "tiny" else torch.float32)
+    LlamaForCausalLM(config).save_pretrained(str(directory))
+    torch.set_default_dtype(torch.float32)
+    return str(directory)
+
+
+def _device_name(cuda: bool) -> str:
+    if not cuda:
+        return f"cpu ({len(os.sched_getaffinity(0))} cores)"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _draw(result: dict[str, Any], file: Path) -> None:
+    """Both ratios over the number of adapters, a line for each number of tokens."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 2, subplot_titles=("against sequential", "against concurrent"), shared_yaxes=True)
+    for tokens in sorted({place["tokens"] for place in result["curve"]}):
+        own = [place for place in result["curve"] if place["tokens"] == tokens]
+        for column, name in enumerate(("vs_sequential", "vs_concurrent"), 1):
+            line = go.Scatter(x=[p["slots"] for p in own], y=[p[name] for p in own], name=f"{tokens} tokens {name}")
+            figure.add_trace(line, row=1, col=column)
+    figure.update_xaxes(type="log", title="adapters").add_hline(y=1, line_dash="dot")
+    title = f"Packed over solo, adapter-steps a second: {result['shape']} on {result['device']}"
+    figure.update_layout(title=title, template="plotly_white")
+    figure.write_html(file)
+    print(f"picture: {file}", file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The engine's speed against solo training.")
+    parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="steps of every adapter in one measurement")
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 512, 2048, 4096])
+    parser.add_argument("--processes", type=int, help="concurrent solo processes; default: cores, or 4 on a GPU")
+    parser.add_argument("--picture", type=Path, help="write the curve as an HTML page")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
