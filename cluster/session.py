@@ -22,6 +22,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "8",  # trials that only relay are many, and Ray warns of many processes
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -99,6 +100,15 @@ class Head:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Take back the note by which every ``ray.init()`` on this machine finds this node, for it would hang."""
+        from ray._common.utils import get_ray_address_file
+
+        note = Path(get_ray_address_file(None))
+        if note.exists() and note.read_text().strip().rpartition(":")[2] == self.address.rpartition(":")[2]:
+            note.unlink(missing_ok=True)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -154,6 +164,14 @@ def ray_command() -> str:
     """The ``ray`` program that belongs to this interpreter."""
     beside = Path(sys.executable).with_name("ray")
     return str(beside) if beside.exists() else "ray"
+
+
+def memory_of_cores(cpus: float) -> float:
+    """Bytes of this machine's memory that go with so many of its cores; a container's limits count."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_num_cpus
+
+    return get_system_memory() * min(1.0, cpus / get_num_cpus())
 
 
 def check_fits(who: str, wanted: dict[str, float], total: dict[str, float]) -> None:

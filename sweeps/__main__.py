@@ -9,10 +9,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.command import DONE, INTERRUPTED, REJECTED, guarded, say
 from sweeps import loading
+
+if TYPE_CHECKING:
+    from sweeps.definition import SweepDefinition
+    from trainables.capacity import MemoryModel
+    from trainables.snapshot import Snapshot
 
 
 def validate(arguments: argparse.Namespace) -> int:
@@ -40,11 +45,34 @@ def plan(arguments: argparse.Namespace) -> int:
     tokenizer = base.load_tokenizer(definition.base_model)
     data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)
     say(snapshot.summary_line(data))
-    planned = plans.plan(definition, data.count("train"), data.manifest["splits"]["train"]["trained_tokens"])
+    tokens = data.manifest["splits"]["train"]["trained_tokens"]
+    planned = plans.plan(definition, data.count("train"), tokens, *_probed(definition, data))
     for name, value in planned.items():
-        say(f"  {name:22} {value}")
+        say(f"  {name:25} {value}")
     answer(arguments, planned)
     return DONE
+
+
+def _probed(definition: SweepDefinition, data: Snapshot) -> tuple[MemoryModel | None, float | None]:
+    """An engine's memory, measured on this machine; nothing where trials will not share a base of this device."""
+    from trainables import base
+
+    if not definition.packs:
+        return None, None
+    resources, device = definition.resources, base.device()
+    if (device.type == "cuda") != (resources.gpus_per_trial > 0):
+        say(f"plan: the sweep runs on another kind of device than this machine's {device.type}: no memory is measured")
+        return None, None
+    from trainables import probe
+
+    say("plan: loading the base to measure what a trial takes")
+    return probe.measured(
+        definition.base_model,
+        data,
+        definition.largest_training,
+        resources.memory_gib_per_engine,
+        resources.engine_as_ray().get("CPU", 1),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

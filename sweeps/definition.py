@@ -13,6 +13,12 @@ from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, Fraction, S
 
 Scalar = int | float | str | bool
 
+SLOTS = 8
+"""Of an engine, where a definition names no number: beyond it a trial's step gets hardly any cheaper."""
+
+_GROWS = ("r", "per_device_train_batch_size", "per_device_eval_batch_size")
+"""Fields of training with which a trial's memory grows."""
+
 
 class DistributionSpec(Spec):
     """One searched field, in Optuna's words: either ``choices``, or ``low`` and ``high`` with ``log`` or ``step``."""
@@ -75,7 +81,9 @@ class SearchSpec(Spec):
     seed: int = 0
     points_to_evaluate: tuple[dict[str, Scalar], ...] = Field((), description="Warm start: tried first, in order.")
     num_samples: Annotated[int, Field(ge=1)] = Field(description="Trials in all.")
-    max_concurrent_trials: Annotated[int, Field(ge=1)] = 2
+    max_concurrent_trials: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Default: packed, what the engines hold, at most 8 trials each; solo, what the cluster holds."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         1, description="Times a trial that lost its process goes on from its last checkpoint."
     )
@@ -122,6 +130,10 @@ class ResourcesSpec(Spec):
         1, description="Packed trials: devices that hold a base each; concurrent trials spread over them."
     )
     cpus_per_engine: Annotated[float, Field(gt=0)] | None = Field(None, description="Default: cpus_per_trial.")
+    memory_gib_per_engine: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="What limits an engine's slots. Default: 90 % of its GPU's, or of its CPUs' share of a node's.",
+    )
 
     def as_ray(self) -> dict[str, float]:
         """Ray's resource names for a solo trial, without zero amounts."""
@@ -209,8 +221,15 @@ class SweepDefinition(Spec):
 
     @property
     def slots_per_engine(self) -> int:
-        """Trials that share one base at once."""
-        return math.ceil(self.search.max_concurrent_trials / self.resources.engines)
+        """Trials that are to share one base at once, where its device holds so many."""
+        wanted = self.search.max_concurrent_trials or min(self.search.num_samples, SLOTS * self.resources.engines)
+        return math.ceil(wanted / self.resources.engines)
+
+    @property
+    def largest_training(self) -> TrainingSpec:
+        """The training section with the most memory that the search can ask for."""
+        searched = set(_GROWS) & set(self.search.space)
+        return self.trial_training({name: max(self.search.space[name].extremes()) for name in searched})
 
     @property
     def packing_obstacle(self) -> str | None:

@@ -74,7 +74,7 @@ def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: 
     from sweeps.search import runner, study, tracking
 
     search = definition.search
-    log(f"search: {search.num_samples} trials, {search.max_concurrent_trials} at once, {_backend(definition)}")
+    log(f"search: {search.num_samples} trials, {_backend(definition)}")
     trials = runner.run_search(definition, outcome.run_id, data)
     winner = study.best(trials)
     outcome.trials = [trial.as_result() for trial in trials]
@@ -141,10 +141,10 @@ def _check_cluster(definition: SweepDefinition) -> None:
 
 def _backend(definition: SweepDefinition) -> str:
     if definition.packs:
-        return f"packed (engines: {definition.resources.engines}, slots in each: {definition.slots_per_engine})"
-    if definition.training.backend == "solo":
-        return "each its own process"
-    return f"each its own process, because {definition.packing_obstacle}"
+        return f"packed: {definition.resources.engines} engine(s) with up to {definition.slots_per_engine} slots each"
+    at_once = definition.search.max_concurrent_trials or "as many as fit"
+    reason = "" if definition.training.backend == "solo" else f", because {definition.packing_obstacle}"
+    return f"{at_once} at once, each its own process{reason}"
 
 
 def _reasons(trials: list[Any]) -> str:

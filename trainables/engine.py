@@ -7,7 +7,6 @@ and another trial admitted between any two calls.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from trainables.contract import Reason, Report, TrialConfig
 from trainables.packing import ATTENTION, Example, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
 from trainables.snapshot import Snapshot
-from trainables.spec import BaseModelSpec, TrainingSpec
+from trainables.spec import BaseModelSpec
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Counters:
     """Seconds of training passes, evaluation and optimizers apart."""
     slot_steps: int = 0
     idle_slot_steps: int = 0
+    """Of slots that a trial came to later; what is never filled again at the end of a sweep is no delay."""
     steps_past_stop: int = 0
     splits: int = 0
 
@@ -91,6 +91,7 @@ class Engine:
     ) -> None:
         self.spec, self.capacity, self.together = spec, capacity, capacity
         self.counters, self.slots, self.stays = Counters(), list[Slot](), list[Stay]()
+        self.idle = dict[int, int]()  # steps since a slot became free, by its place
         self.device, self.dtype = base.device(), base.compute_dtype(spec)
         self.train, self.eval = examples_of(data.rows("train")), examples_of(data.rows("eval"))
         self.lengths = [len(example.input_ids) for example in self.train]
@@ -105,6 +106,10 @@ class Engine:
     def dequantisations(self) -> int:
         """Of all layers so far."""
         return sum(layer.dequantisations for layer in self.packed)
+
+    def limit(self, slots: int) -> None:
+        """Hold fewer trials than were wanted; at least one, which may then fail as ``oom`` itself."""
+        self.capacity = self.together = max(1, min(self.capacity, slots))
 
     def admit(self, config: TrialConfig, resume_from: Path | None = None) -> Slot:
         """Give a trial a slot of its own, from its start or from a checkpoint.
@@ -131,7 +136,8 @@ class Engine:
     def advance(self) -> list[Evaluated | Failed]:
         """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots."""
         self.counters.slot_steps += self.capacity
-        self.counters.idle_slot_steps += self.capacity - len(self.slots)
+        for place in self._free():
+            self.idle[place] = self.idle.get(place, 0) + 1
         failed = self._step()
         due = [slot for slot in self.slots if slot.due and slot not in [failure.slot for failure in failed]]
         reports, unusable = self._judge(due)
@@ -145,7 +151,7 @@ class Engine:
     def _step(self) -> list[Failed]:
         """One optimizer step of every slot."""
         steps: dict[str, tuple[float, int]] = {}
-        failed = [*self._together(self.slots, lambda group: steps.update(self._learn(group)))]
+        failed = [*self._together(self.slots, lambda group: steps.update(self.learn(group)))]
         for slot in self.slots:
             if slot.trial_id in steps:
                 failed += self._update(slot, *steps[slot.trial_id])
@@ -180,25 +186,14 @@ class Engine:
         _charge(slots, [1] * len(slots), time.monotonic() - started)
         return {trial_id: total / tokens for trial_id, (total, tokens) in totals.items()}
 
-    def seconds_alone(self, training: TrainingSpec, steps: int = 3) -> float:
-        """Measure what one trial alone costs here: seconds a token of a training pass. Before trials are admitted."""
-        assert not self.slots, "a probe needs the engine to itself"
-        probe = Slot(TrialConfig("probe", self.spec, training, "", 1), self.layers, self.lengths, self.device)
-        seconds = []
-        for _ in range(steps + 1):  # the first allocates what later ones reuse
-            before = (self.counters.training_s, self.counters.tokens)
-            loss, learned = self._learn([probe])["probe"]
-            probe.update(loss, learned)
-            seconds.append((self.counters.training_s - before[0]) / (self.counters.tokens - before[1]))
-        self.counters = Counters(base_loads=self.counters.base_loads)
-        for layer in self.packed:
-            layer.dequantisations = 0
-        return statistics.median(seconds[1:])
-
     def _stay(self, slot: Slot) -> None:
-        taken = {stay.slot for stay in self.stays if stay.left_s is None}
-        place = next(place for place in range(self.capacity) if place not in taken)
+        place = self._free()[0]
+        self.counters.idle_slot_steps += self.idle.pop(place, 0)
         self.stays.append(Stay(place, slot.trial_id, time.monotonic() - self.started))
+
+    def _free(self) -> list[int]:
+        taken = {stay.slot for stay in self.stays if stay.left_s is None}
+        return [place for place in range(self.capacity) if place not in taken]
 
     def _leave(self, slot: Slot, ending: str) -> None:
         self.slots.remove(slot)
@@ -206,7 +201,7 @@ class Engine:
         stay.left_s, stay.ending = time.monotonic() - self.started, ending
         stay.steps = slot.progress.step
 
-    def _learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:
+    def learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:
         """Gradients of each trial's next step; by trial its loss and the tokens that it is a mean over."""
         started = time.monotonic()
         self.model.train()
@@ -228,7 +223,7 @@ class Engine:
         return {slot.trial_id: (sums[k], learned[k]) for k, slot in enumerate(slots)}
 
     def _update(self, slot: Slot, loss: float, learned: int) -> list[Failed]:
-        """A trial's optimizer step. Apart from ``_learn``, which may be tried again: no step is taken twice."""
+        """A trial's optimizer step. Apart from ``learn``, which may be tried again: no step is taken twice."""
         try:
             stepped = slot.update(loss, learned)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -245,8 +240,6 @@ class Engine:
         for layer in self.packed:
             layer.pack = packed
         embedded = self.model.get_input_embeddings()(packed.input_ids[None])
-        if torch.is_grad_enabled():
-            embedded.requires_grad_()  # everything before the first adapter is frozen, so autograd needs a start
         hidden = self.model.get_decoder()(
             inputs_embeds=embedded,
             attention_mask=None,
@@ -255,7 +248,7 @@ class Engine:
             pack=packed,
         ).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
-        shares = hidden.split([part.end - part.start for part in packed.parts])
+        shares = hidden.split(packed.sizes)
         return [
             HeadLoss.apply(share.index_select(0, part.predicting), weight, part.next_ids)
             for share, part in zip(shares, packed.parts, strict=True)

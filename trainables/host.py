@@ -14,21 +14,27 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster import files
+from trainables import placement
 from trainables.contract import Report, ReportFunction, TrialConfig, TrialFailure
+from trainables.placement import Bucket, Occupancy
 from trainables.spec import BaseModelSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from trainables.capacity import MemoryModel
 
 Message = tuple[str, Any, Any]
 """("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
 _END: Message = ("ended", None, None)
-_POLL_S = 0.2
+_POLL_S = 0.1
 
 
 def start(
@@ -37,13 +43,17 @@ def start(
     spec: BaseModelSpec,
     dataset: str,
     training: TrainingSpec,
+    largest: TrainingSpec,
+    memory_bytes: float | None = None,
     **options: Any,
 ) -> list[ray.actor.ActorHandle]:
-    """Start ``count`` engines and wait until each has its base.
+    """Start ``count`` engines and wait until each has its base and knows how many trials it holds.
 
     Args:
         training: of a typical trial, to measure what one alone costs.
-        options: as ``Engine`` takes them.
+        largest: the most that a trial may ask for, to measure how many fit.
+        memory_bytes: that an engine may use; None for most of its GPU, or of its cores' share of the machine's memory.
+        options: as ``Engine`` takes them; ``capacity`` is the most slots that are wanted.
 
     Raises:
         RuntimeError: an engine could not load its base.
@@ -55,9 +65,9 @@ def start(
         max_restarts=3,
         scheduling_strategy="SPREAD",
     )
-    engines = [make(EngineHost).remote(spec, dataset, training, options) for _ in range(count)]
+    engines = [make(EngineHost).remote(spec, dataset, training, largest, memory_bytes, options) for _ in range(count)]
     try:
-        ray.get([engine.ready.remote() for engine in engines])
+        ray.get([engine.capacity.remote() for engine in engines])
     except RayActorError as error:
         stop(engines)
         raise RuntimeError(f"an engine did not start: {str(error).strip().splitlines()[-1]}") from error
@@ -72,31 +82,62 @@ def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
 class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
-    def __init__(self, spec: BaseModelSpec, dataset: str, training: TrainingSpec, options: dict[str, Any]) -> None:
-        from trainables import snapshot
+    def __init__(
+        self,
+        spec: BaseModelSpec,
+        dataset: str,
+        training: TrainingSpec,
+        largest: TrainingSpec,
+        memory_bytes: float | None,
+        options: dict[str, Any],
+    ) -> None:
+        from trainables import probe, snapshot
         from trainables.engine import Engine
 
         self.engine = Engine(spec, snapshot.load(Path(dataset)), **options)
-        self.alone_s_per_token = self.engine.seconds_alone(training)
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        self.memory_bytes = memory_bytes or probe.device_memory(self.engine.device, cpus)
+        self.alone_s_per_token, self.memory = self._probe(training, largest)
         self.changed = threading.Condition()
         self.outboxes: dict[str, queue.Queue[Message]] = {}
+        self.buckets: dict[str, Bucket] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
 
-    def ready(self) -> None:
-        """Answers once the base is loaded."""
+    def _probe(self, training: TrainingSpec, largest: TrainingSpec) -> tuple[float | None, MemoryModel | None]:
+        """What a trial costs here, and with that the engine's capacity.
 
-    def reserve(self, trial_id: str) -> bool:
+        Where not even a probe fits, trials are let in one by one: each then fails as ``oom``, which is its result.
+        """
+        import torch
+
+        from trainables import probe
+
+        try:
+            alone, model = probe.seconds_alone(self.engine, training), probe.memory(self.engine, largest)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.engine.limit(1)
+            return None, None
+        self.engine.limit(model.slots(self.memory_bytes))
+        return alone, model
+
+    def capacity(self) -> int:
+        """Slots; answers once the base is loaded."""
+        return self.engine.capacity
+
+    def reserve(self, trial_id: str, bucket: Bucket) -> bool:
         """Keep a slot for a trial, if one is free."""
         with self.changed:
             if trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity:
                 return False
-            self.outboxes[trial_id] = queue.Queue()
+            self.outboxes[trial_id], self.buckets[trial_id] = queue.Queue(), bucket
             return True
 
-    def free(self) -> int:
+    def occupancy(self) -> Occupancy:
         with self.changed:
-            return self.engine.capacity - len(self.outboxes)
+            return Occupancy(
+                self.engine.capacity - len(self.outboxes), [self.buckets[trial_id] for trial_id in self.outboxes]
+            )
 
     def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
         """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
@@ -119,10 +160,14 @@ class EngineHost:
             outbox.put(_END)
 
     def account(self) -> dict[str, Any]:
-        """Counted work, which trial held which slot from when to when, and what a token costs one trial alone."""
+        """Counted work, which trial held which slot from when to when, and what one trial costs here."""
         return {
             "counters": asdict(self.engine.counters) | {"dequantisations": self.engine.dequantisations},
             "alone_s_per_token": self.alone_s_per_token,
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "capacity": self.engine.capacity,
+            "memory": self.memory.as_dict() if self.memory else None,
+            "memory_bytes": self.memory_bytes,
             "stays": [asdict(stay) for stay in self.engine.stays],
         }
 
@@ -196,13 +241,11 @@ def run_trial(
     """
     relay = _Relay(config, workdir, resume_from, report)
     while not relay.ended:
-        engine = _reserve(engines, config.trial_id)
+        engine = _reserve(engines, config)
         try:
             relay.follow(engine)
-        except ActorDiedError:
-            raise
         except RayActorError:
-            time.sleep(_POLL_S)  # Ray is starting it again
+            time.sleep(_POLL_S)  # Ray is starting it again, or another engine has a slot
         finally:
             engine.evict.remote(config.trial_id)
 
@@ -233,23 +276,31 @@ class _Relay:
         self.report(made, handed)
 
 
-def _reserve(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> ray.actor.ActorHandle:
-    """A slot in the engine with most room; waits while all are taken or starting again."""
+def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig) -> ray.actor.ActorHandle:
+    """A slot in the engine that suits the trial best; waits while all are taken or starting again."""
+    own = placement.bucket(config.training)
     while True:
-        for _, place in sorted((-_room(engine), place) for place, engine in enumerate(engines)):
-            try:
-                if ray.get(engines[place].reserve.remote(trial_id)):
+        for place in placement.preferred(own, _occupancies(engines)):
+            with suppress(RayActorError):
+                if ray.get(engines[place].reserve.remote(config.trial_id, own)):
                     return engines[place]
-            except ActorDiedError:
-                if len(engines) == 1:
-                    raise
-            except RayActorError:
-                continue
         time.sleep(_POLL_S)
 
 
-def _room(engine: ray.actor.ActorHandle) -> int:
-    try:
-        return int(ray.get(engine.free.remote()))  # type: ignore[call-overload]
-    except RayActorError:
-        return -1
+def _occupancies(engines: Sequence[ray.actor.ActorHandle]) -> list[Occupancy]:
+    """No slot is free in an engine that is starting again.
+
+    Raises:
+        ActorDiedError: every engine is gone for good.
+    """
+    found: list[Occupancy] = []
+    dead = 0
+    for engine in engines:
+        try:
+            found.append(ray.get(engine.occupancy.remote()))  # type: ignore[arg-type]
+        except RayActorError as error:
+            found.append(Occupancy(0, []))
+            dead += isinstance(error, ActorDiedError)
+            if dead == len(engines):
+                raise
+    return found

@@ -32,6 +32,11 @@ class Adapter(NamedTuple):
     key: tuple[int, ...]
     """Of the dropout masks: seed, step and micro-batch."""
 
+    def pair(self, place: int, dtype: torch.dtype) -> Pair:
+        """A and B of one layer in the type that the pass computes in."""
+        a, b = self.weights[place]
+        return (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -61,6 +66,10 @@ class Pack:
     positions: torch.Tensor
     """[N], each example from 0."""
     parts: tuple[Part, ...]
+    sizes: list[int]
+    """Tokens of each part."""
+    anchor: torch.Tensor
+    """Of no size; requires a gradient where the pass learns, so that autograd records it from the first adapter on."""
 
 
 class Example(NamedTuple):
@@ -81,6 +90,8 @@ def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.dev
         torch.cat([row.input_ids for row in rows]).to(device),
         torch.cat([torch.arange(len(row.input_ids)) for row in rows]).to(device),
         tuple(parts),
+        [part.end - part.start for part in parts],
+        torch.empty(0, requires_grad=any(part.adapter.gradients for part in parts)),
     )
 
 
@@ -125,9 +136,8 @@ def attend(
         [1, N, H, D]
     """
     assert pack is not None
-    sizes = [part.end - part.start for part in pack.parts]
     found = []
-    for part, *own in zip(pack.parts, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True):
+    for part, *own in zip(pack.parts, *(tensor[0].split(pack.sizes, 1) for tensor in (query, key, value)), strict=True):
         q, k, v = (_Rectangle.apply(tensor, part) for tensor in own)
         grouped = q.shape[1] != k.shape[1]
         seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -183,7 +193,7 @@ class PackedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [1, N, d_in], to [1, N, d_out]."""
         assert self.pack is not None
-        return _AdaptedLinear.apply(x, self, self.pack)  # type: ignore[no-any-return]
+        return _AdaptedLinear.apply(x, self.pack.anchor, self, self.pack)  # type: ignore[no-any-return]
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[d_out, d_in]; one dequantisation serves all adapters of a pass."""
@@ -201,16 +211,21 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = x W' + b + scale * drop(x) A' B', trial by trial; gradients of A and B go straight to their owner's."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: PackedLinear, pack: Pack) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        anchor: torch.Tensor,  # noqa: ARG004  has autograd record a layer whose input needs no gradient
+        linear: PackedLinear,
+        pack: Pack,
+    ) -> torch.Tensor:
         flat, weight = x[0], linear.weight(x.dtype)
-        y = flat.new_empty(len(flat), weight.shape[0])
+        y, across = flat.new_empty(len(flat), weight.shape[0]), weight.t()
         low_rank = []
-        for part in pack.parts:
-            own, out = flat[part.start : part.end], y[part.start : part.end]
-            torch.mm(own, weight.t(), out=out)
+        for part, own, out in zip(pack.parts, flat.split(pack.sizes), y.split(pack.sizes), strict=True):
+            torch.mm(own, across, out=out)
             if linear.place is None:
                 continue
-            a, b = (matrix.to(x.dtype) for matrix in part.adapter.weights[linear.place])
+            a, b = part.adapter.pair(linear.place, x.dtype)
             low_rank.append(_dropped(own, part, linear.place) @ a.t())
             out.addmm_(low_rank[-1], b.t(), alpha=part.adapter.scale)
         if linear.layer.bias is not None:
@@ -220,26 +235,41 @@ class _AdaptedLinear(torch.autograd.Function):
         return y.unsqueeze(0)
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        linear, (x, *low_rank), dy = ctx.linear, ctx.saved_tensors, outer[0][0]
-        weight = linear.weight(x.dtype)
-        dx = torch.empty_like(x[0])
-        for k, part in enumerate(ctx.pack.parts):
-            own, dx_own, dy_own = (tensor[part.start : part.end] for tensor in (x[0], dx, dy))
-            torch.mm(dy_own, weight, out=dx_own)
-            if linear.place is None:
-                continue
-            h = low_rank[k]
-            a, b = (matrix.to(x.dtype) for matrix in part.adapter.weights[linear.place])
-            da, db = part.adapter.gradients[linear.place]
-            dh = (dy_own @ b).mul_(part.adapter.scale)
-            db.add_(dy_own.t() @ h, alpha=part.adapter.scale)
-            da.add_(dh.t() @ _dropped(own, part, linear.place))
-            if part.adapter.dropout:
-                dx_own.add_((dh @ a) * _mask(own, part, linear.place))
-            else:
-                dx_own.addmm_(dh, a)
-        return dx.unsqueeze(0), None, None
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        linear, pack, (x, *low_rank) = ctx.linear, ctx.pack, ctx.saved_tensors
+        sizes, wanted = pack.sizes, ctx.needs_input_grad[0]
+        dx = torch.empty_like(x[0]) if wanted else None
+        onward = dx.split(sizes) if dx is not None else [None] * len(sizes)
+        weight = linear.weight(x.dtype) if wanted else None
+        for k, (own, dy, dx_own) in enumerate(zip(x[0].split(sizes), outer[0][0].split(sizes), onward, strict=True)):
+            if weight is not None:
+                torch.mm(dy, weight, out=dx_own)
+            if linear.place is not None:
+                _adapter_gradients(pack.parts[k], linear.place, own, low_rank[k], dy, dx_own)
+        return dx.unsqueeze(0) if dx is not None else None, None, None, None
+
+
+def _adapter_gradients(
+    part: Part, place: int, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None
+) -> None:
+    """Adds one trial's gradients of A and B to its own, and what its adapter passes on to ``dx``, where it is wanted.
+
+    Args:
+        h: [T, r], the adapter's inner features from the forward pass.
+    """
+    adapter = part.adapter
+    assert adapter.gradients is not None
+    a, b = adapter.pair(place, x.dtype)
+    da, db = adapter.gradients[place]
+    dh = (dy @ b).mul_(adapter.scale)
+    db.add_(dy.t() @ h, alpha=adapter.scale)
+    da.add_(dh.t() @ _dropped(x, part, place))
+    if dx is None:
+        return
+    if adapter.dropout:
+        dx.add_((dh @ a) * _mask(x, part, place))
+    else:
+        dx.addmm_(dh, a)
 
 
 def _dropped(x: torch.Tensor, part: Part, place: int) -> torch.Tensor:

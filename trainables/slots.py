@@ -215,7 +215,7 @@ def _optimizer(vector: torch.Tensor, training: TrainingSpec) -> Any:
         "weight_decay": training.weight_decay,
     }
     if training.optim == "adamw_torch":
-        return torch.optim.AdamW([vector], foreach=False, **common)
+        return torch.optim.AdamW([vector], foreach=False, **common)  # fused: other bits with other threads
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if training.optim.endswith("8bit") else bitsandbytes.optim.AdamW32bit

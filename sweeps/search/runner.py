@@ -40,6 +40,9 @@ _ENVIRONMENT = {
 _RELAY: dict[str, float] = {"memory": 2**28}
 """What a packed trial's own process takes: it hands reports on, and Tune wants a resource named. In bytes."""
 
+_SPARE = 1
+"""Packed trials that wait, suggested and started, for the next free slot."""
+
 
 def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list[TrialRecord]:
     """Run every trial that the study does not hold as ended yet; returns all trials of the run.
@@ -78,6 +81,8 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
         definition.base_model,
         str(data.directory),
         training,
+        definition.largest_training,
+        resources.memory_gib_per_engine and resources.memory_gib_per_engine * 2**30,
         target_modules=training.target_modules,
         capacity=definition.slots_per_engine,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -100,8 +105,10 @@ def savings(run_id: str) -> str | None:
     file = paths.engines_file(run_id)
     if not file.exists():
         return None
-    engines = files.read_json(file)
+    engines = [engine for engine in files.read_json(file) if engine["alone_s_per_token"]]
     packed = sum(engine["counters"]["training_s"] for engine in engines)
+    if not packed:
+        return None
     alone = sum(engine["counters"]["tokens"] * engine["alone_s_per_token"] for engine in engines)
     return f"packing: {packed:.0f} device-seconds of training, {alone:.0f} one trial at a time ({alone / packed:.2f}x)"
 
@@ -129,6 +136,7 @@ def _tuner(
         resume_from={studies.trial_id(number): str(found) for number, found in left_checkpoints.items()},
         **({"engines": engines} if engines else {}),
     )
+    slots = sum(ray.get([engine.capacity.remote() for engine in engines])) if engines else None
     callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
     if engines:
         callbacks.append(_Eviction(engines))
@@ -140,7 +148,7 @@ def _tuner(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=searcher.remaining,
-            max_concurrent_trials=definition.search.max_concurrent_trials,
+            max_concurrent_trials=slots + _SPARE if slots else definition.search.max_concurrent_trials,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainables import base, snapshot, solo
+from trainables import base, probe, snapshot, solo
 from trainables.contract import Report, TrialConfig
 from trainables.engine import Engine, Evaluated, Failed
 from trainables.snapshot import Snapshot
@@ -205,7 +205,8 @@ def test_no_memory_for_an_optimizer_fails_its_trial_and_steps_no_other_twice(
 def test_a_probe_of_the_cost_alone_leaves_no_trace(spec, data, trial, alone) -> None:
     expected, _ = alone()
     engine = Engine(spec, data, capacity=1)
-    assert engine.seconds_alone(trial().training) > 0
+    assert probe.seconds_alone(engine, trial().training) > 0
+    assert probe.memory(engine, trial().training).needed(1) > 0
     assert (engine.counters.adapter_steps, engine.counters.tokens, engine.dequantisations) == (0, 0, 0)
     engine.admit(trial())
     assert drive(engine)[0] == expected
@@ -220,7 +221,8 @@ def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
         engine.advance()
         counts.append(engine.dequantisations)
         assert engine.counters.adapter_steps == trials
-    assert counts[0] == counts[1] == 2 * len(engine.layers)
+    first = 3  # q, k and v of the first layer: nothing learns below them, so they pass no gradient on
+    assert counts[0] == counts[1] == 2 * len(engine.layers) - first
 
 
 def test_a_trial_of_another_kind_is_refused_by_name(spec, data, trial) -> None:

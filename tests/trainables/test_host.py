@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from cluster import session
 from trainables import base, host, packed, snapshot
@@ -43,7 +44,15 @@ def engines(trial) -> Iterator[Callable[..., list[Any]]]:
     def start(count: int, capacity: int) -> list[Any]:
         config = trial("any")
         started.extend(
-            host.start(count, {"CPU": 1}, config.base_model, config.dataset, config.training, capacity=capacity)
+            host.start(
+                count,
+                {"CPU": 1},
+                config.base_model,
+                config.dataset,
+                config.training,
+                config.training,
+                capacity=capacity,
+            )
         )
         return started
 
@@ -72,9 +81,13 @@ def curve(reports: list[Report]) -> list[tuple[int, float]]:
 
 
 def alone(config: TrialConfig, workdir: Path) -> list[tuple[int, float]]:
+    """On one thread, as Ray gives an engine of one CPU: a matrix product's bits may depend on how it is shared out."""
     reports: list[Report] = []
     workdir.mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     packed.run_trial(config, workdir, None, lambda report, _: reports.append(report))
+    torch.set_num_threads(threads)
     return curve(reports)
 
 
@@ -143,5 +156,6 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
 
 def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:
     config = trial("any")
+    nowhere, training = str(tmp_path / "no-data"), config.training
     with pytest.raises(RuntimeError, match="an engine did not start"):
-        host.start(1, {"CPU": 1}, config.base_model, str(tmp_path / "no-data"), config.training, capacity=1)
+        host.start(1, {"CPU": 1}, config.base_model, nowhere, training, training, capacity=1)

@@ -1,0 +1,27 @@
+"""Which engine a trial goes to."""
+
+from __future__ import annotations
+
+from trainables.placement import Bucket, Occupancy, bucket, preferred
+from trainables.spec import TrainingSpec
+
+OWN = Bucket(length=8, rank=16)
+LIKE, LONGER, WIDER = OWN, Bucket(16, 16), Bucket(8, 64)
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert bucket(TrainingSpec(r=12, per_device_train_batch_size=8)) == Bucket(8, 16)
+    assert bucket(TrainingSpec(r=8, per_device_train_batch_size=1)) == Bucket(1, 8)
+
+
+def test_a_full_engine_is_not_asked() -> None:
+    assert preferred(OWN, [Occupancy(0, [LIKE]), Occupancy(1, [LONGER])]) == [1]
+    assert preferred(OWN, [Occupancy(0, [LIKE])]) == []
+
+
+def test_free_slots_come_before_likeness() -> None:
+    assert preferred(OWN, [Occupancy(1, [LIKE, LIKE]), Occupancy(2, [LONGER])]) == [1, 0]
+
+
+def test_like_lengths_come_before_like_ranks() -> None:
+    assert preferred(OWN, [Occupancy(1, [LONGER]), Occupancy(1, [WIDER]), Occupancy(1, [LIKE])]) == [2, 1, 0]
