@@ -32,7 +32,7 @@ def main() -> int:
     _make_inputs(home)
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
         file = Path(scratch) / "bench.json"
-        file.write_text(json.dumps(definition(arguments.trials, arguments.slots)))
+        file.write_text(json.dumps(definition(arguments.trials, arguments.slots, arguments.batch)))
         rounds = [_round(file) for _ in range(arguments.rounds)]
     result = _medians(rounds)
     print("\n".join(f"  {name:28} {value}" for name, value in result.items()), file=sys.stderr)
@@ -41,7 +41,7 @@ def main() -> int:
     return 0
 
 
-def definition(trials: int, slots: int) -> dict[str, Any]:
+def definition(trials: int, slots: int, batch: int) -> dict[str, Any]:
     """The quickstart's sweep with more and shorter trials, as plain data."""
     from sweeps import loading
 
@@ -56,8 +56,7 @@ def definition(trials: int, slots: int) -> dict[str, Any]:
         "points_to_evaluate": [],
     }
     content["search"]["space"] |= {"num_train_epochs": {"low": 1, "high": 2}}
-    content["scheduler"] |= {"grace_period": 0.25}
-    content["training"] |= {"per_device_train_batch_size": 4, "evals_per_epoch": 4}
+    content["training"] |= {"per_device_train_batch_size": batch}
     content["gate"] = {"min_score": 0.0, "min_gain": -1.0, "max_general_loss": 1.0}
     content["tracking"] = {"enabled": False}
     content["resources"] = {"cpus_per_trial": 1, "engines": cores}
@@ -114,7 +113,7 @@ def _compared(packed_s: float, packed: dict[str, Any], plain_s: float, plain: di
         "plain_steps": plain["steps"],
         "dequantisations_per_adapter_step": total["dequantisations"] / total["adapter_steps"],
         "trained_tokens_to_winner": total["trained_tokens"],
-        "idle_slot_steps": total["idle_slot_steps"] / total["slot_steps"],
+        "idle_slot_steps": total["idle_slot_steps"] / (total["idle_slot_steps"] + total["adapter_steps"]),
         "steps_past_stop": total["steps_past_stop"] / total["adapter_steps"],
         "search_overhead_s_a_trial": (packed_s * len(engines) - training) / len(trials),
     }
@@ -142,6 +141,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--slots", type=int, default=4, help="in each engine; one engine a core")
+    parser.add_argument("--batch", type=int, default=2, help="per_device_train_batch_size, of about 39 tokens each")
     return parser.parse_args()
 
 

@@ -23,8 +23,12 @@ def dashboard(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     port = find_free_port()
     head = session.start_head(tmp_path / "ray.log", dashboard_port=port)
     yield f"http://127.0.0.1:{port}"
+    from ray._private.utils import read_ray_address
+
     head.stop()
     assert not head.is_alive()
+    note = read_ray_address() or ""
+    assert note.rpartition(":")[2] != head.address.rpartition(":")[2], "every later ray.init() would look for this node"
 
 
 @pytest.fixture

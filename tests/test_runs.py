@@ -164,6 +164,19 @@ def test_plan_counts_before_anything_runs(home: Path, definition, write) -> None
     assert (planned["backend"], planned["engines"], planned["slots_per_engine"]) == ("packed", 1, 2)
     assert planned["longest_trial_steps"] == planned["steps_per_epoch"]
     assert planned["rungs"] == [planned["steps_per_epoch"] / 2]
+    assert planned["longest_trial_steps"] < planned["expected_steps"] < planned["most_steps"]
+    assert planned["base_bytes"] < planned["engine_bytes"] < planned["engine_bytes_limit"]
+    assert planned["slots_that_fit"] > 2
+    assert planned["most_tokens_a_step"] > 0
+
+
+def test_plan_shows_when_memory_limits_the_slots(home: Path, definition, write) -> None:
+    room = last_json(winnow("sweeps", "plan", write(definition()), "--json"))
+    needed = room["base_bytes"] + 1.5 * (room["engine_bytes"] - room["base_bytes"])
+    short = definition(resources={"memory_gib_per_engine": needed / 2**30}, search={"max_concurrent_trials": 8})
+    planned = last_json(winnow("sweeps", "plan", write(short), "--json"))
+    assert 1 <= planned["slots_per_engine"] == planned["slots_that_fit"] < 8
+    assert planned["engine_bytes"] <= planned["engine_bytes_limit"]
 
 
 def test_runs_that_do_not_exist(home: Path) -> None:

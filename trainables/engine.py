@@ -294,7 +294,7 @@ class Engine:
     def _replace(self, name: str, place: int | None) -> PackedLinear:
         parent, _, child = name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        packed = PackedLinear(getattr(owner, child), place)
+        packed = PackedLinear(getattr(owner, child), place, at_once=self.device.type == "cuda")
         setattr(owner, child, packed)
         return packed
 

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,23 +37,25 @@ _END: Message = ("ended", None, None)
 _POLL_S = 0.1
 
 
-def start(
-    count: int,
-    resources: dict[str, float],
-    spec: BaseModelSpec,
-    dataset: str,
-    training: TrainingSpec,
-    largest: TrainingSpec,
-    memory_bytes: float | None = None,
-    **options: Any,
-) -> list[ray.actor.ActorHandle]:
-    """Start ``count`` engines and wait until each has its base and knows how many trials it holds.
+@dataclass(frozen=True)
+class EngineConfig:
+    """All that an engine depends on."""
 
-    Args:
-        training: of a typical trial, to measure what one alone costs.
-        largest: the most that a trial may ask for, to measure how many fit.
-        memory_bytes: that an engine may use; None for most of its GPU, or of its cores' share of the machine's memory.
-        options: as ``Engine`` takes them; ``capacity`` is the most slots that are wanted.
+    base_model: BaseModelSpec
+    dataset: str
+    """Absolute directory of the data snapshot."""
+    training: TrainingSpec
+    """Of a typical trial, to measure what one alone costs."""
+    largest: TrainingSpec
+    """The most that a trial may ask for, to measure how many fit."""
+    capacity: int
+    """Slots that are wanted; memory may allow fewer."""
+    memory_bytes: float | None = None
+    """That the engine may use; None: most of its GPU's, or of its cores' share of the machine's."""
+
+
+def start(count: int, resources: dict[str, float], config: EngineConfig) -> list[ray.actor.ActorHandle]:
+    """Start ``count`` engines and wait until each has its base and knows how many trials it holds.
 
     Raises:
         RuntimeError: an engine could not load its base.
@@ -61,11 +63,11 @@ def start(
     make: Any = ray.remote(  # type: ignore[call-overload]
         num_cpus=resources.get("CPU", 1),
         num_gpus=resources.get("GPU", 0),
-        max_concurrency=2 * options["capacity"] + 8,  # a waiting call for each trial, and room for short ones
+        max_concurrency=2 * config.capacity + 8,  # a waiting call for each trial, and room for short ones
         max_restarts=3,
         scheduling_strategy="SPREAD",
     )
-    engines = [make(EngineHost).remote(spec, dataset, training, largest, memory_bytes, options) for _ in range(count)]
+    engines = [make(EngineHost).remote(config) for _ in range(count)]
     try:
         ray.get([engine.capacity.remote() for engine in engines])
     except RayActorError as error:
@@ -82,22 +84,21 @@ def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
 class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
-    def __init__(
-        self,
-        spec: BaseModelSpec,
-        dataset: str,
-        training: TrainingSpec,
-        largest: TrainingSpec,
-        memory_bytes: float | None,
-        options: dict[str, Any],
-    ) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         from trainables import probe, snapshot
         from trainables.engine import Engine
 
-        self.engine = Engine(spec, snapshot.load(Path(dataset)), **options)
+        training = config.training
+        self.engine = Engine(
+            config.base_model,
+            snapshot.load(Path(config.dataset)),
+            training.target_modules,
+            config.capacity,
+            training.gradient_checkpointing,
+        )
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-        self.memory_bytes = memory_bytes or probe.device_memory(self.engine.device, cpus)
-        self.alone_s_per_token, self.memory = self._probe(training, largest)
+        self.memory_bytes = config.memory_bytes or probe.device_memory(self.engine.device, cpus)
+        self.alone_s_per_token, self.memory = self._probe(training, config.largest)
         self.changed = threading.Condition()
         self.outboxes: dict[str, queue.Queue[Message]] = {}
         self.buckets: dict[str, Bucket] = {}

@@ -182,11 +182,13 @@ class PackedLinear(torch.nn.Module):
 
     Args:
         place: of its pair among an adapter's; None for a layer that adapters leave alone.
+        at_once: multiply the frozen weight with all trials' tokens in one call: fewer launches on a GPU, but then the
+            last bits of a trial may depend on how many tokens its neighbours have.
     """
 
-    def __init__(self, layer: torch.nn.Linear, place: int | None) -> None:
+    def __init__(self, layer: torch.nn.Linear, place: int | None, at_once: bool = False) -> None:
         super().__init__()
-        self.layer, self.place = layer, place
+        self.layer, self.place, self.at_once = layer, place, at_once
         self.pack: Pack | None = None
         self.dequantisations = 0
 
@@ -194,6 +196,14 @@ class PackedLinear(torch.nn.Module):
         """x: [1, N, d_in], to [1, N, d_out]."""
         assert self.pack is not None
         return _AdaptedLinear.apply(x, self.pack.anchor, self, self.pack)  # type: ignore[no-any-return]
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, sizes: list[int]) -> None:
+        """``x weight`` into ``out``, trial by trial unless all at once."""
+        if self.at_once:
+            torch.mm(x, weight, out=out)
+            return
+        for own, own_out in zip(x.split(sizes), out.split(sizes), strict=True):
+            torch.mm(own, weight, out=own_out)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[d_out, d_in]; one dequantisation serves all adapters of a pass."""
@@ -219,12 +229,11 @@ class _AdaptedLinear(torch.autograd.Function):
         pack: Pack,
     ) -> torch.Tensor:
         flat, weight = x[0], linear.weight(x.dtype)
-        y, across = flat.new_empty(len(flat), weight.shape[0]), weight.t()
-        low_rank = []
+        y, low_rank = flat.new_empty(len(flat), weight.shape[0]), []
+        linear.multiply(flat, weight.t(), y, pack.sizes)
         for part, own, out in zip(pack.parts, flat.split(pack.sizes), y.split(pack.sizes), strict=True):
-            torch.mm(own, across, out=out)
             if linear.place is None:
-                continue
+                break
             a, b = part.adapter.pair(linear.place, x.dtype)
             low_rank.append(_dropped(own, part, linear.place) @ a.t())
             out.addmm_(low_rank[-1], b.t(), alpha=part.adapter.scale)
@@ -238,14 +247,15 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         linear, pack, (x, *low_rank) = ctx.linear, ctx.pack, ctx.saved_tensors
         sizes, wanted = pack.sizes, ctx.needs_input_grad[0]
-        dx = torch.empty_like(x[0]) if wanted else None
-        onward = dx.split(sizes) if dx is not None else [None] * len(sizes)
-        weight = linear.weight(x.dtype) if wanted else None
-        for k, (own, dy, dx_own) in enumerate(zip(x[0].split(sizes), outer[0][0].split(sizes), onward, strict=True)):
-            if weight is not None:
-                torch.mm(dy, weight, out=dx_own)
-            if linear.place is not None:
-                _adapter_gradients(pack.parts[k], linear.place, own, low_rank[k], dy, dx_own)
+        flat, dy = x[0], outer[0][0]
+        dx = torch.empty_like(flat) if wanted else None
+        if dx is not None:
+            linear.multiply(dy, linear.weight(x.dtype), dx, sizes)
+        if linear.place is not None:
+            onward = dx.split(sizes) if dx is not None else [None] * len(sizes)
+            pieces = zip(pack.parts, flat.split(sizes), low_rank, dy.split(sizes), onward, strict=True)
+            for part, *own in pieces:
+                _adapter_gradients(part, linear.place, *own)
         return dx.unsqueeze(0) if dx is not None else None, None, None, None
 
 

@@ -74,19 +74,17 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
     if not definition.packs:
         yield []
         return
-    training, resources = definition.training, definition.resources
-    engines = host.start(
-        resources.engines,
-        resources.engine_as_ray(),
+    resources = definition.resources
+    gib = resources.memory_gib_per_engine
+    config = host.EngineConfig(
         definition.base_model,
         str(data.directory),
-        training,
+        definition.training,
         definition.largest_training,
-        resources.memory_gib_per_engine and resources.memory_gib_per_engine * 2**30,
-        target_modules=training.target_modules,
-        capacity=definition.slots_per_engine,
-        gradient_checkpointing=training.gradient_checkpointing,
+        definition.slots_per_engine,
+        gib and gib * 2**30,
     )
+    engines = host.start(resources.engines, resources.engine_as_ray(), config)
     try:
         yield engines
         file = paths.engines_file(run_id)

@@ -225,6 +225,28 @@ def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
     assert counts[0] == counts[1] == 2 * len(engine.layers) - first
 
 
+def test_a_slot_is_idle_while_a_trial_is_still_to_come_to_it(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=2)
+    engine.admit(trial("first"))
+    for _ in range(3):
+        engine.advance()
+    engine.admit(trial("second"))
+    assert engine.counters.idle_slot_steps == 3
+    engine.evict("first")
+    engine.advance()
+    assert engine.counters.idle_slot_steps == 3, "nothing came: the sweep may be over"
+    engine.admit(trial("third"))
+    assert engine.counters.idle_slot_steps == 4
+    assert (engine.counters.slot_steps, engine.counters.adapter_steps) == (8, 4)
+
+
+def test_memory_limits_the_slots(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=8)
+    for fits, slots in ((20, 8), (3, 3), (0, 1)):  # a trial that does not fit is let in to fail as oom
+        engine.limit(fits)
+        assert (engine.capacity, engine.together) == (slots, slots)
+
+
 def test_a_trial_of_another_kind_is_refused_by_name(spec, data, trial) -> None:
     engine = Engine(spec, data, capacity=1)
     with pytest.raises(ValueError, match="watched: needs another base or other target_modules"):

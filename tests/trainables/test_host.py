@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 
 from cluster import session
 from trainables import base, host, packed, snapshot
+from trainables.capacity import MemoryModel
 from trainables.contract import Report, TrialConfig, TrialFailure
+from trainables.host import EngineConfig
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
 
@@ -42,18 +45,7 @@ def engines(trial) -> Iterator[Callable[..., list[Any]]]:
     started: list[Any] = []
 
     def start(count: int, capacity: int) -> list[Any]:
-        config = trial("any")
-        started.extend(
-            host.start(
-                count,
-                {"CPU": 1},
-                config.base_model,
-                config.dataset,
-                config.training,
-                config.training,
-                capacity=capacity,
-            )
-        )
+        started.extend(host.start(count, {"CPU": 1}, as_engine(trial("any"), capacity)))
         return started
 
     yield start
@@ -74,6 +66,11 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., tuple[Future[None], list[Re
 
     yield start
     pool.shutdown(wait=False, cancel_futures=True)
+
+
+def as_engine(config: TrialConfig, capacity: int, memory_bytes: float | None = None) -> EngineConfig:
+    training = config.training
+    return EngineConfig(config.base_model, config.dataset, training, training, capacity, memory_bytes)
 
 
 def curve(reports: list[Report]) -> list[tuple[int, float]]:
@@ -128,6 +125,19 @@ def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submi
     ]
 
 
+def test_an_engine_holds_as_many_as_its_memory_does(trial) -> None:
+    config = trial("any")
+    (roomy,) = host.start(1, {"CPU": 1}, as_engine(config, capacity=4))
+    account = ray.get(roomy.account.remote())
+    host.stop([roomy])
+    assert account["capacity"] == 4
+    model = MemoryModel(**account["memory"])
+    assert model.slots(account["memory_bytes"]) > 4
+    (small,) = host.start(1, {"CPU": 1}, as_engine(config, 4, model.needed(2) + 1))
+    assert ray.get(small.capacity.remote()) == 2
+    host.stop([small])
+
+
 def test_a_failure_is_its_own_trials_alone(trial, engines, submit, tmp_path: Path) -> None:
     one = engines(1, capacity=3)
     healthy = trial("healthy")
@@ -156,6 +166,6 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
 
 def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:
     config = trial("any")
-    nowhere, training = str(tmp_path / "no-data"), config.training
+    nowhere = replace(as_engine(config, capacity=1), dataset=str(tmp_path / "no-data"))
     with pytest.raises(RuntimeError, match="an engine did not start"):
-        host.start(1, {"CPU": 1}, config.base_model, nowhere, training, training, capacity=1)
+        host.start(1, {"CPU": 1}, nowhere)

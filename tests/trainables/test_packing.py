@@ -120,6 +120,20 @@ def test_checkpointed_activations_come_from_the_same_slots(home: Path) -> None:
     assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
 
 
+def test_one_product_for_all_trials_is_the_same_but_for_rounding(home: Path) -> None:
+    """As on a GPU."""
+    gradients = []
+    for at_once in (False, True):
+        engine = _engine(home)
+        for layer in engine.packed:
+            layer.at_once = at_once
+        slots = [_admit(engine, str(seed), r=4 * 2**seed, seed=seed) for seed in range(3)]
+        engine.learn(slots)
+        gradients.append([slot.vector.grad.clone() for slot in slots])
+    for apart, together in zip(*gradients, strict=True):
+        torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-5)
+
+
 def test_training_and_evaluation_take_one_numerical_path(engine: Engine, admit: Admit) -> None:
     slot = admit("watched")
     engine.eval = [engine.train[i] for i in slot.micro_batches()[0]]
