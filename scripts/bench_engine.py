@@ -1,6 +1,7 @@
 """Adapter-steps a second of the shared-base engine against solo training, whole machine against whole machine.
 
     python scripts/bench_engine.py --json [--device cuda] [--shape tiny|0.5b|8b] [--rounds 3] [--picture FILE]
+                                   [--dequantise once|every-pass]
 
 Three sides, interleaved in one go, for each number of adapters K and of tokens in one adapter's step:
 
@@ -9,7 +10,8 @@ Three sides, interleaved in one go, for each number of adapters K and of tokens 
 - concurrent: as many solo processes as there are cores (on a GPU: ``--processes``), each on its own.
 
 Solo is stock transformers, peft and bitsandbytes: forward, backward, clip, AdamW. What a trainer adds around a step is
-not counted, so the ratios understate what a sweep gains. Each side's processes live as long as the benchmark; ratios
+not counted, so the ratios understate what a sweep gains. The engine keeps its base dequantised, as a sweep's does where
+memory allows, or with ``--dequantise every-pass`` not. Each side's processes live as long as the benchmark; ratios
 are medians over rounds. Weights are random: no ratio depends on them. No Ray.
 """
 
@@ -55,6 +57,7 @@ class Side:
     threads: int
     base: str
     r: int
+    keeps_dequantised: bool
 
 
 def main() -> int:
@@ -64,17 +67,19 @@ def main() -> int:
     engines, processes = (1, arguments.processes or 4) if cuda else (cores, arguments.processes or cores)
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
         base = _make_base(arguments.shape, Path(scratch))
+        common = (base, arguments.r, arguments.dequantise == "once")
         sides = {
-            "packed": [Side("packed", 1 if not cuda else cores, base, arguments.r)] * engines,
-            "sequential": [Side("solo", cores, base, arguments.r)],
-            "concurrent": [Side("solo", 1, base, arguments.r)] * processes,
+            "packed": [Side("packed", 1 if not cuda else cores, *common)] * engines,
+            "sequential": [Side("solo", cores, *common)],
+            "concurrent": [Side("solo", 1, *common)] * processes,
         }
         crews = {name: [_Worker(side) for side in crew] for name, crew in sides.items()}
         points = [Point(k, t) for t in arguments.tokens for k in arguments.slots]
         curve = [_measure(point, crews, arguments.rounds, arguments.steps) for point in points]
         for worker in (worker for crew in crews.values() for worker in crew):
             worker.stop()
-    result = {"device": _device_name(cuda), "shape": arguments.shape, "rounds": arguments.rounds, "curve": curve}
+    told = {name: getattr(arguments, name) for name in ("shape", "rounds", "dequantise")}
+    result = {"device": _device_name(cuda), **told, "curve": curve}
     if arguments.picture:
         _draw(result, arguments.picture)
     if arguments.json:
@@ -169,6 +174,7 @@ class _Packed:
 
         self.spec, self.r = BaseModelSpec(model_name_or_path=side.base), side.r
         self.engine: Any = Engine(self.spec, _Rows(32, 64), capacity=32)  # type: ignore[arg-type]
+        self.engine.keep_dequantised(side.keeps_dequantised)
         self.asked: tuple[int, int] = (0, 0)
 
     def step(self, share: int, tokens: int, steps: int) -> None:
@@ -300,6 +306,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 512, 2048, 4096])
     parser.add_argument("--processes", type=int, help="concurrent solo processes; default: cores, or 4 on a GPU")
+    parser.add_argument("--dequantise", choices=["once", "every-pass"], default="once", help="4-bit layers of packed")
     parser.add_argument("--picture", type=Path, help="write the curve as an HTML page")
     return parser.parse_args()
 

@@ -72,6 +72,8 @@ def _memory(definition: SweepDefinition, model: MemoryModel, limit: float) -> di
         "base_bytes": model.base,
         "slot_bytes": model.slot,
         "activation_bytes_per_slot": round(model.activations),
+        "dequantised_bytes": model.dequantised,
+        "keeps_dequantised": model.keeps_dequantised(slots, limit),
         "most_tokens_a_step": slots * model.batch_tokens,
     }
 

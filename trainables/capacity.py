@@ -29,6 +29,8 @@ class MemoryModel:
     """In the largest training batch of one trial."""
     eval_batch_tokens: int
     """In its largest evaluation batch."""
+    dequantised: int
+    """Of all 4-bit layers in the type that passes compute in, for an engine with memory to spare."""
 
     @property
     def activations(self) -> float:
@@ -43,6 +45,10 @@ class MemoryModel:
         """Slots that fit into ``limit`` bytes; 0 where not even one does."""
         room = limit - self.base - self.scratch
         return max(0, int(room // (self.slot + self.activations)))
+
+    def keeps_dequantised(self, slots: int, limit: float) -> bool:
+        """Whether so many slots leave room to keep the base dequantised."""
+        return self.needed(slots) + self.dequantised <= limit
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

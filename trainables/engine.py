@@ -17,7 +17,7 @@ import torch
 
 from trainables import base, lora
 from trainables.contract import Reason, Report, TrialConfig
-from trainables.packing import ATTENTION, Example, HeadLoss, Pack, PackedLinear, pack
+from trainables.packing import ATTENTION, Current, Example, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
 from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec
@@ -98,14 +98,21 @@ class Engine:
         self.model = self._load(gradient_checkpointing)
         self.layers, self.target_modules = lora.targets(self.model, target_modules), target_modules
         places = {layer.name: place for place, layer in enumerate(self.layers)}
-        every = lora.targets(self.model, "all-linear")
+        every, self.current = lora.targets(self.model, "all-linear"), Current()
         self.packed = [self._replace(layer.name, places.get(layer.name)) for layer in every]
+        self.keeps_dequantised = False
         self.started = time.monotonic()
 
     @property
     def dequantisations(self) -> int:
         """Of all layers so far."""
         return sum(layer.dequantisations for layer in self.packed)
+
+    def keep_dequantised(self, keep: bool) -> None:
+        """Whether 4-bit layers stay dequantised from pass to pass: the same bits without that work, for memory."""
+        self.keeps_dequantised = keep
+        for layer in self.packed:
+            layer.keep(keep)
 
     def limit(self, slots: int) -> None:
         """Hold fewer trials than were wanted; at least one, which may then fail as ``oom`` itself."""
@@ -120,7 +127,7 @@ class Engine:
         if config.base_model != self.spec or config.training.target_modules != self.target_modules:
             raise ValueError(f"{config.trial_id}: needs another base or other target_modules than this engine's")
         assert len(self.slots) < self.capacity, "admit: no free slot"
-        slot = Slot(config, self.layers, self.lengths, self.device)
+        slot = Slot(config, self.layers, self.lengths, self.device, self.dtype)
         if resume_from is not None:
             slot.restore(resume_from)
         self.slots.append(slot)
@@ -134,7 +141,10 @@ class Engine:
             self._leave(slot, "evicted")
 
     def advance(self) -> list[Evaluated | Failed]:
-        """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots."""
+        """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots.
+
+        Evaluations come the best first: of those that reach a rung together, ASHA lets the first pass, whatever it is.
+        """
         self.counters.slot_steps += self.capacity
         for place in self._free():
             self.idle[place] = self.idle.get(place, 0) + 1
@@ -146,7 +156,7 @@ class Engine:
         for event in reports:
             if event.slot.ended:
                 self._leave(event.slot, "ended")
-        return [*reports, *failed, *unusable]
+        return [*sorted(reports, key=lambda event: event.report.eval_loss), *failed, *unusable]
 
     def _step(self) -> list[Failed]:
         """One optimizer step of every slot."""
@@ -237,8 +247,7 @@ class Engine:
     def _losses(self, packed: Pack) -> list[torch.Tensor]:
         """Summed loss of each part."""
         self.counters.passes += 1
-        for layer in self.packed:
-            layer.pack = packed
+        self.current.pack = packed
         embedded = self.model.get_input_embeddings()(packed.input_ids[None])
         hidden = self.model.get_decoder()(
             inputs_embeds=embedded,
@@ -257,6 +266,7 @@ class Engine:
     def _together(self, slots: Sequence[Slot], work: Any) -> Iterator[Failed]:
         """Do ``work`` for groups of slots; out of memory halves the group, for good, and tries again.
 
+        What is kept for speed alone goes first.
         A batch is never cut, so a trial takes the same steps in a smaller group; one that does not fit alone fails.
         """
         waiting = list(slots)
@@ -269,14 +279,16 @@ class Engine:
             else:
                 waiting = waiting[len(group) :]
                 continue
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(group) == 1:
+            if self.keeps_dequantised:
+                self.keep_dequantised(False)
+            elif len(group) == 1:
                 yield Failed(group[0], "oom", message)
                 waiting = waiting[1:]
             else:
                 self.together = (len(group) + 1) // 2
                 self.counters.splits += 1
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _eval_batches(self, slot: Slot) -> list[list[Example]]:
         size = slot.training.per_device_eval_batch_size
@@ -294,7 +306,7 @@ class Engine:
     def _replace(self, name: str, place: int | None) -> PackedLinear:
         parent, _, child = name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        packed = PackedLinear(getattr(owner, child), place, at_once=self.device.type == "cuda")
+        packed = PackedLinear(getattr(owner, child), place, self.current, at_once=self.device.type == "cuda")
         setattr(owner, child, packed)
         return packed
 

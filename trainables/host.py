@@ -7,7 +7,6 @@ checkpoint where an engine was lost.
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -25,16 +24,16 @@ from ray.exceptions import ActorDiedError, RayActorError
 from cluster import files
 from trainables import placement
 from trainables.contract import Report, ReportFunction, TrialConfig, TrialFailure
+from trainables.outboxes import END, Message, Outboxes
 from trainables.placement import Bucket, Occupancy
 from trainables.spec import BaseModelSpec, TrainingSpec
 
 if TYPE_CHECKING:
     from trainables.capacity import MemoryModel
 
-Message = tuple[str, Any, Any]
-"""("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
-_END: Message = ("ended", None, None)
 _POLL_S = 0.1
+_FIRST_S = 3.0
+"""For which an engine's first trial waits for others: in step, they come to a rung together and are judged together."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class EngineHost:
         self.memory_bytes = config.memory_bytes or probe.device_memory(self.engine.device, cpus)
         self.alone_s_per_token, self.memory = self._probe(training, config.largest)
         self.changed = threading.Condition()
-        self.outboxes: dict[str, queue.Queue[Message]] = {}
+        self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -115,12 +114,14 @@ class EngineHost:
         from trainables import probe
 
         try:
-            alone, model = probe.seconds_alone(self.engine, training), probe.memory(self.engine, largest)
+            model = probe.memory(self.engine, largest)
+            self.engine.limit(model.slots(self.memory_bytes))
+            self.engine.keep_dequantised(model.keeps_dequantised(self.engine.capacity, self.memory_bytes))
+            return probe.seconds_alone(self.engine, training), model
         except (torch.OutOfMemoryError, MemoryError):
+            self.engine.keep_dequantised(False)
             self.engine.limit(1)
             return None, None
-        self.engine.limit(model.slots(self.memory_bytes))
-        return alone, model
 
     def capacity(self) -> int:
         """Slots; answers once the base is loaded."""
@@ -131,7 +132,8 @@ class EngineHost:
         with self.changed:
             if trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity:
                 return False
-            self.outboxes[trial_id], self.buckets[trial_id] = queue.Queue(), bucket
+            self.outboxes.open(trial_id)
+            self.buckets[trial_id] = bucket
             return True
 
     def occupancy(self) -> Occupancy:
@@ -155,10 +157,13 @@ class EngineHost:
     def evict(self, trial_id: str) -> None:
         """Free a trial's slot before the next step. A trial that is not here is none of its business."""
         with self.changed:
-            outbox = self.outboxes.pop(trial_id, None)
             self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
-        if outbox is not None:
-            outbox.put(_END)
+            self.outboxes.close(trial_id)
+
+    def decided(self, trial_id: str) -> None:
+        """A trial's report has been judged; the next one may go out."""
+        with self.changed:
+            self.outboxes.decided(trial_id)
 
     def account(self) -> dict[str, Any]:
         """Counted work, which trial held which slot from when to when, and what one trial costs here."""
@@ -169,6 +174,7 @@ class EngineHost:
             "capacity": self.engine.capacity,
             "memory": self.memory.as_dict() if self.memory else None,
             "memory_bytes": self.memory_bytes,
+            "keeps_dequantised": self.engine.keeps_dequantised,
             "stays": [asdict(stay) for stay in self.engine.stays],
         }
 
@@ -184,6 +190,8 @@ class EngineHost:
     def _turn(self) -> None:
         with self.changed:
             self.changed.wait_for(lambda: self.arriving or self.engine.slots)
+            if not self.engine.stays:
+                self.changed.wait_for(lambda: len(self.arriving) >= self.engine.capacity, _FIRST_S)
             arriving, self.arriving = self.arriving, []
             for slot in list(self.engine.slots):
                 if slot.trial_id not in self.outboxes:
@@ -217,14 +225,12 @@ class EngineHost:
                 saved = files.read_tree(Path(scratch) / "checkpoint")
             self._tell(event.slot.trial_id, ("report", event.report, saved))
             if event.slot.ended:
-                self._tell(event.slot.trial_id, _END)
+                self._tell(event.slot.trial_id, END)
 
     def _tell(self, trial_id: str, message: Message) -> None:
         """Tell a trial's caller; a last message gives its reservation back."""
         with self.changed:
-            outbox = self.outboxes.get(trial_id) if message[0] == "report" else self.outboxes.pop(trial_id, None)
-        if outbox is not None:
-            outbox.put(message)
+            self.outboxes.tell(trial_id, message)
 
 
 def run_trial(
@@ -268,6 +274,7 @@ class _Relay:
                 self.ended = True
                 return
             self._reported(first, second)
+            engine.decided.remote(self.config.trial_id)
 
     def _reported(self, made: Report, saved: dict[str, bytes]) -> None:
         self.checkpoint = saved

@@ -21,21 +21,27 @@ ATTENTION = "winnow_packed"
 """The name under which transformers knows ``attend``."""
 
 
+class LayerWeights(NamedTuple):
+    """One layer of an adapter in the type that a pass computes in: views, made once a trial, since each costs time."""
+
+    a: torch.Tensor
+    """[r, d_in]"""
+    b: torch.Tensor
+    """[d_out, r]"""
+    a_t: torch.Tensor
+    b_t: torch.Tensor
+
+
 class Adapter(NamedTuple):
     """One trial's LoRA weights as a pass needs them, in the order of the packed layers."""
 
-    weights: Sequence[Pair]
+    weights: Sequence[LayerWeights]
     gradients: Sequence[Pair] | None
     """Where the backward pass adds to; None in evaluation."""
     scale: float
     dropout: float
     key: tuple[int, ...]
     """Of the dropout masks: seed, step and micro-batch."""
-
-    def pair(self, place: int, dtype: torch.dtype) -> Pair:
-        """A and B of one layer in the type that the pass computes in."""
-        a, b = self.weights[place]
-        return (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,13 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 
 
+@dataclass
+class Current:
+    """The pack that is passing; all layers of an engine look here for it."""
+
+    pack: Pack | None = None
+
+
 class PackedLinear(torch.nn.Module):
     """A frozen linear layer, 4-bit or not, with every adapter of the current pack.
 
@@ -186,27 +199,27 @@ class PackedLinear(torch.nn.Module):
             last bits of a trial may depend on how many tokens its neighbours have.
     """
 
-    def __init__(self, layer: torch.nn.Linear, place: int | None, at_once: bool = False) -> None:
+    def __init__(self, layer: torch.nn.Linear, place: int | None, current: Current, at_once: bool = False) -> None:
         super().__init__()
-        self.layer, self.place, self.at_once = layer, place, at_once
-        self.pack: Pack | None = None
+        self.layer, self.place, self.current, self.at_once = layer, place, current, at_once
         self.dequantisations = 0
+        self.keeps = False
+        self._kept: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [1, N, d_in], to [1, N, d_out]."""
-        assert self.pack is not None
-        return _AdaptedLinear.apply(x, self.pack.anchor, self, self.pack)  # type: ignore[no-any-return]
+        pack = self.current.pack
+        assert pack is not None
+        return _AdaptedLinear.apply(x, pack.anchor, self, pack)  # type: ignore[no-any-return]
 
-    def multiply(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, sizes: list[int]) -> None:
-        """``x weight`` into ``out``, trial by trial unless all at once."""
-        if self.at_once:
-            torch.mm(x, weight, out=out)
-            return
-        for own, own_out in zip(x.split(sizes), out.split(sizes), strict=True):
-            torch.mm(own, weight, out=own_out)
+    def keep(self, keeps: bool) -> None:
+        """Whether the dequantised weight stays from pass to pass: the same bits, for its memory."""
+        self.keeps, self._kept = keeps, None
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[d_out, d_in]; one dequantisation serves all adapters of a pass."""
+        if self._kept is not None:
+            return self._kept
         weight = self.layer.weight
         state = getattr(weight, "quant_state", None)
         if state is None:
@@ -214,7 +227,9 @@ class PackedLinear(torch.nn.Module):
         from bitsandbytes.functional import dequantize_4bit
 
         self.dequantisations += 1
-        return dequantize_4bit(weight.data, state).to(dtype)
+        whole = dequantize_4bit(weight.data, state).to(dtype)
+        self._kept = whole if self.keeps else None
+        return whole
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -228,15 +243,17 @@ class _AdaptedLinear(torch.autograd.Function):
         linear: PackedLinear,
         pack: Pack,
     ) -> torch.Tensor:
-        flat, weight = x[0], linear.weight(x.dtype)
-        y, low_rank = flat.new_empty(len(flat), weight.shape[0]), []
-        linear.multiply(flat, weight.t(), y, pack.sizes)
-        for part, own, out in zip(pack.parts, flat.split(pack.sizes), y.split(pack.sizes), strict=True):
-            if linear.place is None:
-                break
-            a, b = part.adapter.pair(linear.place, x.dtype)
-            low_rank.append(_dropped(own, part, linear.place) @ a.t())
-            out.addmm_(low_rank[-1], b.t(), alpha=part.adapter.scale)
+        flat, across = x[0], linear.weight(x.dtype).t()
+        y, low_rank = flat.new_empty(len(flat), across.shape[1]), []
+        if linear.at_once:
+            torch.mm(flat, across, out=y)
+        for part, own, out in zip(pack.parts, *_shares(pack, flat, y), strict=True):
+            if not linear.at_once:
+                torch.mm(own, across, out=out)
+            if linear.place is not None:
+                layer = part.adapter.weights[linear.place]
+                low_rank.append(torch.mm(_dropped(own, part, linear.place), layer.a_t))
+                out.addmm_(low_rank[-1], layer.b_t, alpha=part.adapter.scale)
         if linear.layer.bias is not None:
             y += linear.layer.bias
         ctx.save_for_backward(x, *low_rank)
@@ -246,17 +263,25 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         linear, pack, (x, *low_rank) = ctx.linear, ctx.pack, ctx.saved_tensors
-        sizes, wanted = pack.sizes, ctx.needs_input_grad[0]
         flat, dy = x[0], outer[0][0]
-        dx = torch.empty_like(flat) if wanted else None
+        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        onward: Sequence[torch.Tensor | None] = [None] * len(pack.parts)
         if dx is not None:
-            linear.multiply(dy, linear.weight(x.dtype), dx, sizes)
-        if linear.place is not None:
-            onward = dx.split(sizes) if dx is not None else [None] * len(sizes)
-            pieces = zip(pack.parts, flat.split(sizes), low_rank, dy.split(sizes), onward, strict=True)
-            for part, *own in pieces:
-                _adapter_gradients(part, linear.place, *own)
+            weight, (onward,) = linear.weight(x.dtype), _shares(pack, dx)
+            if linear.at_once:
+                torch.mm(dy, weight, out=dx)
+        own = _shares(pack, flat, dy)
+        for k, (part, own_x, own_dy, own_dx) in enumerate(zip(pack.parts, *own, onward, strict=True)):
+            if own_dx is not None and not linear.at_once:
+                torch.mm(own_dy, weight, out=own_dx)
+            if linear.place is not None:
+                _adapter_gradients(part, linear.place, own_x, low_rank[k], own_dy, own_dx)
         return dx.unsqueeze(0) if dx is not None else None, None, None, None
+
+
+def _shares(pack: Pack, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Each of [N, d] by trial; ``Tensor.split`` does the same and asks more questions first."""
+    return [torch.split_with_sizes(tensor, pack.sizes) for tensor in tensors]
 
 
 def _adapter_gradients(
@@ -269,17 +294,24 @@ def _adapter_gradients(
     """
     adapter = part.adapter
     assert adapter.gradients is not None
-    a, b = adapter.pair(place, x.dtype)
-    da, db = adapter.gradients[place]
-    dh = (dy @ b).mul_(adapter.scale)
-    db.add_(dy.t() @ h, alpha=adapter.scale)
-    da.add_(dh.t() @ _dropped(x, part, place))
+    layer, (da, db), scale = adapter.weights[place], adapter.gradients[place], adapter.scale
+    dh = torch.mm(dy, layer.b)
+    _accumulate(db, dy.t(), h, scale)
+    _accumulate(da, dh.t(), _dropped(x, part, place), scale)
     if dx is None:
         return
     if adapter.dropout:
-        dx.add_((dh @ a) * _mask(x, part, place))
+        dx.addcmul_(torch.mm(dh, layer.a), _mask(x, part, place), value=scale)
     else:
-        dx.addmm_(dh, a)
+        dx.addmm_(dh, layer.a, alpha=scale)
+
+
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """``total += scale * left right``; the total is in 32 bits, the product in what the pass computes in."""
+    if total.dtype is left.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(torch.mm(left, right), alpha=scale)
 
 
 def _dropped(x: torch.Tensor, part: Part, place: int) -> torch.Tensor:

@@ -78,6 +78,7 @@ def memory(engine: Engine, largest: TrainingSpec) -> MemoryModel:
         eval_token=max(0.0, eval_token),
         batch_tokens=batch_tokens,
         eval_batch_tokens=eval_batch_tokens,
+        dequantised=_dequantised_bytes(engine),
     )
 
 
@@ -104,12 +105,14 @@ def _untouched(engine: Engine) -> Iterator[None]:
     finally:
         engine.train, engine.eval, engine.lengths = before
         engine.counters = Counters(base_loads=engine.counters.base_loads)
+        engine.keep_dequantised(engine.keeps_dequantised)
         for layer in engine.packed:
             layer.dequantisations = 0
 
 
 def _slot(engine: Engine, training: TrainingSpec) -> Slot:
-    return Slot(TrialConfig("probe", engine.spec, training, "", 1), engine.layers, engine.lengths, engine.device)
+    config = TrialConfig("probe", engine.spec, training, "", 1)
+    return Slot(config, engine.layers, engine.lengths, engine.device, engine.dtype)
 
 
 def _step(engine: Engine, slot: Slot) -> None:
@@ -123,8 +126,7 @@ def _peak(engine: Engine, slot: Slot, tokens: int, learned: int, evaluate: bool 
     row = Example(torch.zeros(tokens, dtype=torch.long), labels)
     engine.train, engine.eval, engine.lengths = [row], [row], [tokens]
     slot = _slot(engine, slot.training)
-    for layer in engine.packed:
-        layer.pack = None  # the last pass's, which would be freed in this one
+    engine.current.pack = None  # the last pass's, which would be freed in this one
     work: Callable[[], object] = (lambda: engine.evaluate([slot])) if evaluate else (lambda: engine.learn([slot]))
     return _peak_cuda(work) if engine.device.type == "cuda" else _peak_cpu(work)
 
@@ -154,10 +156,11 @@ def _peak_cpu(work: Callable[[], object]) -> int:
 
 
 def _slot_bytes(slot: Slot) -> int:
-    """Weights, gradient, best weights and whatever its optimizer keeps."""
+    """Weights, gradient, best weights, weights as passes take them, and whatever its optimizer keeps."""
     state = [value for value in slot.optimizer.state[slot.vector].values() if isinstance(value, torch.Tensor)]
     assert slot.vector.grad is not None
-    return sum(tensor.nbytes for tensor in (slot.vector, slot.vector.grad, slot.best, *state))
+    kept = {id(tensor): tensor for tensor in (slot.vector, slot.vector.grad, slot.best, slot.computing, *state)}
+    return sum(tensor.nbytes for tensor in kept.values())
 
 
 def _base_bytes(engine: Engine) -> int:
@@ -165,6 +168,11 @@ def _base_bytes(engine: Engine) -> int:
     parameters = sum(parameter.nbytes for parameter in engine.model.parameters())
     states = [state for layer in engine.packed if (state := getattr(layer.layer.weight, "quant_state", None))]
     return parameters + sum(tensor.nbytes for state in states for tensor in state.as_dict(packed=True).values())
+
+
+def _dequantised_bytes(engine: Engine) -> int:
+    layers = [layer.layer for layer in engine.packed if hasattr(layer.layer.weight, "quant_state")]
+    return sum(layer.in_features * layer.out_features for layer in layers) * engine.dtype.itemsize
 
 
 def _largest_batch(lengths: Sequence[int], training: TrainingSpec) -> int:

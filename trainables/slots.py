@@ -28,7 +28,7 @@ from trainables.contract import (
 )
 from trainables.lora import Pair, Target
 from trainables.order import epoch_order
-from trainables.packing import Adapter, Example
+from trainables.packing import Adapter, Example, LayerWeights
 from trainables.spec import TrainingSpec
 
 _STATE, _TENSORS = "slot.json", "slot.safetensors"
@@ -51,11 +51,21 @@ class Progress:
 class Slot:
     """The state of one trial.
 
+    Args:
+        dtype: that passes compute in; the weights themselves are kept in 32 bits.
+
     All weights lie in one 32-bit vector, and gradients and moments likewise: the optimizer, the norm and a checkpoint
     are then one operation each, whatever the number of layers.
     """
 
-    def __init__(self, config: TrialConfig, layers: Sequence[Target], lengths: Sequence[int], device: Any) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        layers: Sequence[Target],
+        lengths: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         training = self.training = config.training
         self.config, self.layers, self.lengths = config, list(layers), lengths
         size = sum(training.r * (layer.d_in + layer.d_out) for layer in layers)
@@ -63,6 +73,8 @@ class Slot:
         self.vector.grad = torch.zeros_like(self.vector)
         self.pairs, self.gradients = self._views(self.vector), self._views(self.vector.grad)
         self.set_weights(lora.initial_weights(self.layers, training.r, training.seed))
+        self.computing = self.vector if dtype is torch.float32 else self.vector.to(dtype)
+        self.computing_pairs = [LayerWeights(a, b, a.t(), b.t()) for a, b in self._views(self.computing)]
         self.best = self.vector.clone()
         self.optimizer = _optimizer(self.vector, training)
         self.progress, self.started = Progress(), time.monotonic()
@@ -100,8 +112,10 @@ class Slot:
     def adapter(self, micro_batch: int | None) -> Adapter:
         """As a pass takes it; without a ``micro_batch`` for evaluation."""
         training = self.training
+        if self.computing is not self.vector:
+            self.computing.copy_(self.vector)
         return Adapter(
-            self.pairs,
+            self.computing_pairs,
             None if micro_batch is None else self.gradients,
             training.alpha / training.r,
             training.lora_dropout,

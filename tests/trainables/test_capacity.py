@@ -13,7 +13,16 @@ from trainables.engine import Engine
 from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
-MODEL = MemoryModel(base=1000, scratch=100, slot=20, token=2.0, eval_token=1.0, batch_tokens=40, eval_batch_tokens=50)
+MODEL = MemoryModel(
+    base=1000,
+    scratch=100,
+    slot=20,
+    token=2.0,
+    eval_token=1.0,
+    batch_tokens=40,
+    eval_batch_tokens=50,
+    dequantised=500,
+)
 
 
 def test_each_slot_adds_its_state_and_its_largest_pass() -> None:

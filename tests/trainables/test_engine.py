@@ -225,6 +225,47 @@ def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:
     assert counts[0] == counts[1] == 2 * len(engine.layers) - first
 
 
+def test_a_base_kept_dequantised_changes_no_bit(spec, data, trial, alone) -> None:
+    expected, before = alone()
+    engine = Engine(spec, data, capacity=2)
+    engine.keep_dequantised(True)
+    engine.admit(trial("neighbour", seed=9))
+    engine.admit(trial())
+    curve, after = drive(engine)
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+    assert engine.dequantisations == len(engine.layers)
+
+
+def test_out_of_memory_first_gives_up_what_is_kept_for_speed(spec, data, trial, alone, monkeypatch) -> None:
+    expected, _ = alone()
+    engine = Engine(spec, data, capacity=2)
+    engine.keep_dequantised(True)
+    engine.admit(trial("neighbour", seed=9))
+    engine.admit(trial())
+    engine.advance()
+    real = engine._losses
+
+    def small_device(packed: Any) -> Any:
+        if engine.keeps_dequantised:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(packed)
+
+    monkeypatch.setattr(engine, "_losses", small_device)
+    curve, after = drive(engine)
+    assert curve == expected
+    assert (engine.together, engine.counters.splits, after["failed"]) == (2, 0, {})
+
+
+def test_trials_evaluated_together_are_reported_the_best_first(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=3)
+    for name, rate in (("idle", 1e-7), ("good", 5e-3), ("slow", 5e-4)):
+        engine.admit(trial(name, learning_rate=rate))
+    while not (events := engine.advance()):
+        pass
+    assert [event.slot.trial_id for event in events] == ["good", "slow", "idle"]
+
+
 def test_a_slot_is_idle_while_a_trial_is_still_to_come_to_it(spec, data, trial) -> None:
     engine = Engine(spec, data, capacity=2)
     engine.admit(trial("first"))

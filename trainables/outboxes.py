@@ -1,0 +1,65 @@
+"""What an engine tells the trials that train in it: each trial has a queue, and reports go out one at a time.
+
+The next report waits until the scheduler has judged the one before. So the order in which an engine tells them, the
+best first, is the order in which they are judged, whichever trial's process is the faster one.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+Message = tuple[str, Any, Any]
+"""("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
+Outbox = queue.Queue[Message]
+END: Message = ("ended", None, None)
+
+
+class Outboxes:
+    """Open ones by trial. Not safe for threads: its owner's lock guards it."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Outbox] = {}
+        self._held: deque[tuple[str, Outbox, Message]] = deque()
+        self._undecided: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._open)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __getitem__(self, trial_id: str) -> Outbox:
+        return self._open[trial_id]
+
+    def open(self, trial_id: str) -> None:
+        self._open[trial_id] = queue.Queue()
+
+    def tell(self, trial_id: str, message: Message) -> None:
+        """Hold a message until its turn comes; the last of a trial closes its outbox at once. Nobody is told twice."""
+        outbox = self._open.get(trial_id) if message[0] == "report" else self._open.pop(trial_id, None)
+        if outbox is not None:
+            self._held.append((trial_id, outbox, message))
+        self._hand_out()
+
+    def decided(self, trial_id: str) -> None:
+        """A trial's report has been judged."""
+        if self._undecided == trial_id:
+            self._undecided = None
+        self._hand_out()
+
+    def close(self, trial_id: str) -> None:
+        """End a trial now: what it has not been told yet is of no use any more."""
+        self._held = deque(one for one in self._held if one[0] != trial_id)
+        outbox = self._open.pop(trial_id, None)
+        if outbox is not None:
+            outbox.put(END)
+        self.decided(trial_id)
+
+    def _hand_out(self) -> None:
+        while self._held and self._undecided is None:
+            trial_id, outbox, message = self._held.popleft()
+            self._undecided = trial_id if message[0] == "report" else None
+            outbox.put(message)
