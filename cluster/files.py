@@ -48,7 +48,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         unfinished = Path(scratch) / path.name
         unfinished.mkdir()
         yield unfinished
-        unfinished.rename(path)
+        try:
+            unfinished.rename(path)
+        except OSError as error:  # of a name that another process took meanwhile, it says that it is not empty
+            if path.exists():
+                raise FileExistsError(f"{path} exists already") from error
+            raise
 
 
 def read_tree(directory: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def prepare(
         "duplicates": duplicates,
         "splits": {name: summary for name, (_, summary) in encoded.items()},
     }
-    with files.new_directory(directory) as unfinished:
+    with suppress(FileExistsError), files.new_directory(directory) as unfinished:  # another process made the same
         for name, (table, _) in encoded.items():
             pq.write_table(table, unfinished / f"{name}.parquet")
         files.write_json(unfinished / "manifest.json", manifest)
@@ -144,9 +145,12 @@ def _pair(everything: Sequence[Example], duplicate: Duplicate) -> dict[str, Any]
 
 
 def _split(spec: DataSpec, examples: Sequence[tuple[Example, str]]) -> dict[str, list[Example]]:
-    """Train, eval and test by seed; examples marked ``train`` go nowhere else."""
-    everywhere = [example for example, splits in examples if splits == "all"]
-    random.Random(spec.seed).shuffle(everywhere)
+    """Train, eval and test by seed; examples marked ``train`` or ``train_eval`` go nowhere else."""
+    everywhere, no_test, train_only = (
+        [example for example, splits in examples if splits == wanted] for wanted in ("all", "train_eval", "train")
+    )
+    for pool in (everywhere, no_test):
+        random.Random(spec.seed).shuffle(pool)
     evals, tests = round(len(everywhere) * spec.eval_size), round(len(everywhere) * spec.test_size)
     if min(evals, tests) < 1 or len(everywhere) - evals - tests < 1:
         raise ValueError(
@@ -154,9 +158,11 @@ def _split(spec: DataSpec, examples: Sequence[tuple[Example, str]]) -> dict[str,
             f"(eval_size {spec.eval_size:g}) and {tests} for test (test_size {spec.test_size:g}), and each split "
             f"needs at least 1; add examples or raise the shares"
         )
-    train = everywhere[evals + tests :] + [example for example, splits in examples if splits == "train"]
+    seen = round(len(no_test) * spec.eval_size)
+    train = everywhere[evals + tests :] + no_test[seen:] + train_only
     random.Random(spec.seed + 1).shuffle(train)
-    return {"train": train, "eval": everywhere[:evals], "test": everywhere[evals : evals + tests]}
+    evaluated = everywhere[:evals] + no_test[:seen]
+    return {"train": train, "eval": evaluated, "test": everywhere[evals : evals + tests]}
 
 
 def _encode(

@@ -49,8 +49,10 @@ class SourceSpec(Spec):
     """One file of examples."""
 
     path: str = Field(description="JSONL, chat or alpaca, detected per file. '${WINNOW_HOME}' is replaced.")
-    splits: Literal["all", "train"] = Field(
-        "all", description="'train' keeps the file out of the eval and test splits, as for general examples mixed in."
+    splits: Literal["all", "train", "train_eval"] = Field(
+        "all",
+        description="'train' keeps the file out of the eval and test splits, 'train_eval' out of test alone: as for "
+        "general examples mixed in, with a share in eval so that the search sees what a trial forgets.",
     )
 
 

@@ -33,6 +33,19 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+def test_of_two_that_make_one_directory_at_once_the_second_is_told(tmp_path: Path) -> None:
+    def second() -> None:
+        with files.new_directory(tmp_path / "made") as late:
+            with files.new_directory(tmp_path / "made") as early:
+                (early / "file").write_text("first")
+            (late / "file").write_text("second")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        second()
+    assert (tmp_path / "made" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "-a", "x" * 64, "a\n"])
 def test_names_that_would_leave_their_directory(name: str) -> None:
     with pytest.raises(ValueError, match="must be letters"):

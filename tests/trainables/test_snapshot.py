@@ -46,6 +46,17 @@ def test_train_only_sources_stay_out_of_eval_and_test(home: Path, tokenizer) -> 
     assert any(row["source"].startswith("general-train") for row in made.rows("train"))
 
 
+def test_what_the_search_may_see_stays_out_of_test_alone(home: Path, tokenizer) -> None:
+    tickets, general = spec(home).sources
+    mixed = spec(home, sources=(tickets, general.model_copy(update={"splits": "train_eval"})), eval_size=0.25)
+    made = snapshot.prepare(mixed, tokenizer)
+    sources = {split: [row["source"].split(".")[0] for row in made.rows(split)] for split in ("train", "eval", "test")}
+    assert set(sources["train"]) == set(sources["eval"]) == {"tickets", "general-train"}
+    assert set(sources["test"]) == {"tickets"}
+    everywhere = sum(split.count("general-train") for split in sources.values())
+    assert sources["eval"].count("general-train") == round(everywhere * 0.25)
+
+
 def test_only_the_assistants_tokens_are_labelled(home: Path, tokenizer) -> None:
     row = snapshot.prepare(spec(home), tokenizer).rows("test")[0]
     learned = [label for label in row["labels"] if label != -100]
