@@ -166,6 +166,14 @@ def ray_command() -> str:
     return str(beside) if beside.exists() else "ray"
 
 
+def logs() -> Path:
+    """Where this node of the connected cluster keeps its logs; they stay when it ends."""
+    from ray._private.worker import global_worker
+
+    assert global_worker.node is not None, "connected"
+    return Path(global_worker.node.get_logs_dir_path())
+
+
 def memory_of_cores(cpus: float) -> float:
     """Bytes of this machine's memory that go with so many of its cores; a container's limits count."""
     from ray._common.utils import get_system_memory
@@ -174,15 +182,16 @@ def memory_of_cores(cpus: float) -> float:
     return get_system_memory() * min(1.0, cpus / get_num_cpus())
 
 
-def check_fits(who: str, wanted: dict[str, float], total: dict[str, float]) -> None:
+def check_fits(who: str, wanted: dict[str, float], total: dict[str, float], mend: str) -> None:
     """Whether ``who``, of ``wanted`` resources, fits a cluster of ``total``.
+
+    Args:
+        mend: how a user asks for less.
 
     Raises:
         ValueError: more of a resource is wanted than the whole cluster has, so it would wait for ever.
     """
     for name, amount in wanted.items():
         if amount > total.get(name, 0):
-            raise ValueError(
-                f"resources: {who} wants {amount:g} {name} but the cluster has {total.get(name, 0):g}; "
-                f"ask for less in 'resources' or run on a larger cluster"
-            )
+            has = total.get(name, 0)
+            raise ValueError(f"{who} wants {amount:g} {name} but the cluster has {has:g}; {mend}, or use a larger one")

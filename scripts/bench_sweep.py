@@ -43,10 +43,10 @@ def main() -> int:
 
 def definition(trials: int, slots: int, batch: int) -> dict[str, Any]:
     """The quickstart's sweep with more and shorter trials, as plain data."""
-    from sweeps import loading
+    from cluster import settings
 
     cores = len(os.sched_getaffinity(0))
-    content = loading.read(ROOT / "sweeps/definitions/quickstart.yaml")
+    content = settings.read_yaml(ROOT / "sweeps/definitions/quickstart.yaml")
     content["name"] = "bench"
     content["search"] |= {
         "num_samples": trials,

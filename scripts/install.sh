@@ -28,12 +28,24 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 
-echo "install: ${lists[*]} (a few minutes the first time)" >&2
+total=$(cat "${lists[@]}" | grep -c '==')
+echo "install: ${lists[*]}, $total packages (a few minutes the first time)" >&2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 arguments=()
 for list in "${lists[@]}"; do arguments+=(-r "$list"); done
-if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "${arguments[@]}" >"$log" 2>&1; then
+
+progress() {  # pip's own words, thinned out
+  local found=0 line
+  while IFS= read -r line; do
+    case $line in
+      Collecting*|Processing*|Requirement*) found=$((found + 1)); [ $((found % 40)) -ne 0 ] || echo "install: $found of $total found" ;;
+      "Installing collected"*) echo "install: all found; unpacking" ;;
+    esac
+  done
+}
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --progress-bar off)
+if ! "${pip[@]}" "${arguments[@]}" 2>&1 | tee "$log" | progress >&2; then
   if grep -q 'torch==.*+cpu' "$log"; then
     echo "install: pip finds no CPU build of $(grep '^torch==' requirements/cpu.txt); set PIP_EXTRA_INDEX_URL to PyTorch's" \
       "CPU wheel index (pytorch.org, 'Get started', compute platform CPU) or PIP_FIND_LINKS to a folder with the wheel" >&2

@@ -5,19 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from cluster.command import DONE, guarded, say
+from cluster.settings import read_yaml
 from serving import registry
 
 
 def deploy(arguments: argparse.Namespace) -> dict[str, Any]:
     registry.find(arguments.model)  # a mistake in the name costs no second
+    changes = _settings(arguments.settings) if arguments.settings else {}
     from serving import rollout
 
-    deployed = rollout.deploy(arguments.model, arguments.port, say)
+    deployed = rollout.deploy(arguments.model, arguments.port, changes, say)
     say(f"try: {curl(deployed['url'], deployed['model'])}")
     return deployed
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Keys of a definition's serving section."""
+    found = read_yaml(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must be a mapping of keys of 'serving', but got {type(found).__name__}")
+    return found
 
 
 def status(_: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="end standard output with one JSON object")
         if function is deploy:
             command.add_argument("model", metavar="MODEL[@VERSION]")
-            command.add_argument("--port", type=int, default=8000, help="HTTP port on loopback (default 8000)")
+            command.add_argument(
+                "--settings",
+                type=Path,
+                metavar="FILE",
+                help="YAML: keys of a definition's serving section, in the place of the registered ones",
+            )
+            command.add_argument("--port", type=int, help="HTTP port on loopback (default 8000)")
     return parser
 
 

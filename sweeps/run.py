@@ -132,11 +132,11 @@ def stored_definition(run_id: str) -> SweepDefinition:
 def _check_cluster(definition: SweepDefinition) -> None:
     import ray
 
-    total, resources = ray.cluster_resources(), definition.resources
-    session.check_fits("a trial", resources.as_ray(), total)
+    resources, total, mend = definition.resources, ray.cluster_resources(), "ask for less in 'resources'"
+    session.check_fits("resources: a trial", resources.as_ray(), total, mend)
     if definition.packs:
         wanted = {name: amount * resources.engines for name, amount in resources.engine_as_ray().items()}
-        session.check_fits(f"{resources.engines} engine(s)", wanted, total)
+        session.check_fits(f"resources: {resources.engines} engine(s)", wanted, total, mend)
 
 
 def _backend(definition: SweepDefinition) -> str:

@@ -44,10 +44,10 @@ def home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def definition() -> Callable[..., dict[str, Any]]:
     """The smoke definition as plain data, with sections overridden: ``definition(search={"num_samples": 1})``."""
-    from sweeps import loading
+    from cluster import settings
 
     def make(**sections: Any) -> dict[str, Any]:
-        content = loading.read(ROOT / "sweeps/definitions/smoke.yaml")
+        content = settings.read_yaml(ROOT / "sweeps/definitions/smoke.yaml")
         for name, value in sections.items():
             content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
         return content

@@ -29,7 +29,8 @@ def read_examples(path: Path) -> list[Example]:
     """All rows of a JSONL file.
 
     Raises:
-        ValueError: the file is empty, or rows of it are wrong: every wrong row is named, up to ten.
+        ValueError: the file is empty, or rows of it are wrong: every wrong row is named, the first ten with what is
+            wrong with them.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -40,18 +41,35 @@ def read_examples(path: Path) -> list[Example]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"{path}: must hold at least one row, but it is empty")
-    parse, examples, wrong = None, [], []
+    parse, examples, wrong = None, [], dict[int, str]()
     for number, line in numbered:
         try:
             row = _row(line)
             parse = parse or _detect(row)
             examples.append(Example(parse(row), path.name, number))
         except ValueError as error:
-            wrong.append(f"{path}:{number}: {error}")
+            wrong[number] = str(error)
     if wrong:
-        more = f"; and {len(wrong) - 10} more rows" if len(wrong) > 10 else ""
-        raise ValueError("; ".join(wrong[:10]) + more)
+        raise ValueError(_named(path, wrong))
     return examples
+
+
+def _named(path: Path, wrong: dict[int, str], in_full: int = 10) -> str:
+    """All wrong rows on one line: the first with their errors, the others by their line numbers."""
+    numbers = list(wrong)
+    told = [f"{path}:{number}: {wrong[number]}" for number in numbers[:in_full]]
+    if rest := numbers[in_full:]:
+        told.append(f"and {len(rest)} more wrong rows of {path}, on lines {_ranges(rest)}")
+    return "; ".join(told)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers in short: ``3, 7-9``."""
+    known = set(numbers)
+    starts = [number for number in numbers if number - 1 not in known]
+    ends = [number for number in numbers if number + 1 not in known]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
 def _row(line: str) -> dict[str, Any]:

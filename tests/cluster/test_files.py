@@ -57,9 +57,9 @@ def test_home_in_a_path(home: Path) -> None:
 
 
 def test_a_trial_that_no_cluster_of_this_size_can_hold() -> None:
-    session.check_fits("a trial", {"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 1})
-    with pytest.raises(ValueError, match="wants 4 CPU but the cluster has 2"):
-        session.check_fits("a trial", {"CPU": 4}, {"CPU": 2})
+    session.check_fits("a trial", {"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 1}, "ask for less")
+    with pytest.raises(ValueError, match="a trial wants 4 CPU but the cluster has 2; ask for less, or use a larger"):
+        session.check_fits("a trial", {"CPU": 4}, {"CPU": 2}, "ask for less")
 
 
 @pytest.mark.parametrize("name", ["rayservice", "raycluster"])

@@ -51,9 +51,9 @@ def test_an_alpaca_row_without_output(tmp_path: Path) -> None:
         read_examples(write(tmp_path / "a.jsonl", {"instruction": "Add"}))
 
 
-def test_every_bad_row_is_named_up_to_ten(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"and 5 more rows") as error:
-        read_examples(write(tmp_path / "chat.jsonl", CHAT, *["{"] * 15))
+def test_every_bad_row_is_named_the_first_ten_in_full(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"and 5 more wrong rows of .*chat\.jsonl, on lines 12-14, 16, 19$") as error:
+        read_examples(write(tmp_path / "chat.jsonl", CHAT, *["{"] * 13, CHAT, "{", CHAT, CHAT, "{"))
     assert str(error.value).count("chat.jsonl:") == 10
 
 
