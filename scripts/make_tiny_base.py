@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from tiny_world import CLOSINGS, ISSUES, NAMES, OPENINGS, PRODUCTS, URGENCY_SIGNS, WORDS, chat, general_example
 
@@ -139,6 +139,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     """Whole or not at all: a temporary name beside ``out``, then a rename."""
     unfinished = out.with_name(out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
+    logging.disable_progress_bar()  # a base of four megabytes
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(out)

@@ -48,7 +48,11 @@ say "5/5 ask the served model over HTTP"
 "$python" scripts/ask_tickets.py --url "http://127.0.0.1:$port/v1"
 
 if [ -n "$keep" ]; then
-  say "the endpoint stays up; stop it with: $python -m serving stop"
+  say "the endpoint stays up; ask it, and stop it:"
+  cat >&2 <<END
+curl -s http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "tickets", "messages": [{"role": "user", "content": "Ticket: Hello, My card shows two payments for one Pixel Printer. This is urgent. Thanks, Ada"}], "temperature": 0}'
+$python -m serving stop
+END
 else
   say "done; stopping what was started"
 fi

@@ -1,4 +1,4 @@
-"""A model hub on loopback: one directory as one repository at one commit, in as much of the hub's HTTP as clients ask."""
+"""A model hub on loopback: one directory as one repository at one commit, in as much of HTTP as clients ask."""
 
 from __future__ import annotations
 

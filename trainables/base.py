@@ -34,7 +34,8 @@ def load_tokenizer(spec: BaseModelSpec) -> Any:
             source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"base_model: {spec.model_name_or_path!r} has no tokenizer that can be loaded: {_first_line(error)}") from None
+        name = spec.model_name_or_path
+        raise ValueError(f"base_model: {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
