@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import stat
 from pathlib import Path
 
@@ -67,39 +66,6 @@ def test_what_is_not_registered_is_one_line_and_status_2(home: Path, reference: 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ("max_model_len: 8", ["serving.max_model_len", "unknown key"]),
-        ("cpus_per_replica: many", ["serving.cpus_per_replica", "'many'"]),
-        ("engine_kwargs: {tensor_parallel_size: two}", ["engine_kwargs.tensor_parallel_size", "'two'"]),
-        ("- 8", ["must be a mapping"]),
-        ("a: [", ["not YAML"]),
-    ],
-)
-def test_settings_that_break_a_rule_start_nothing(
-    home: Path, settings: str, words: list, capsys, tmp_path: Path
-) -> None:
-    put(home, "one")
-    registry.set_alias("tickets", "production", registry.versions("tickets")[0], "test")
-    file = tmp_path / "settings.yaml"
-    file.write_text(settings)
-    assert main(["deploy", "tickets", "--settings", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(word in error for word in words), error
-    assert not registry.paths.serving_state_file().exists()
-
-
-def test_a_port_that_is_taken_starts_nothing(home: Path, capsys) -> None:
-    version = put(home, "one")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["deploy", f"tickets@{version.version}", "--port", str(port)]) == 2
-    assert f"--port: must be a free port, but {port} is not" in capsys.readouterr().err
-    assert not registry.paths.serving_state_file().exists()
 
 
 def test_models_are_listed_for_people_and_programs(home: Path, capsys) -> None:

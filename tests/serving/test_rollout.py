@@ -1,0 +1,89 @@
+"""Deployments that cannot be: one line, and nothing left behind. What comes up is in ``tests/test_quickstart.py``."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import winnow
+
+from cluster import paths
+from serving import registry, rollout
+from serving.__main__ import main
+
+
+@pytest.fixture
+def version(home: Path) -> registry.ModelVersion:
+    """Registered, but no model: nothing here comes as far as loading it."""
+    with registry.staging("tickets") as staged:
+        (staged / "model.safetensors").write_text("one")
+        return registry.register("tickets", staged, {"serving": {}})
+
+
+def write(tmp_path: Path, settings: str) -> Path:
+    file = tmp_path / "settings.yaml"
+    file.write_text(settings)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("max_model_len: 8", ["serving.max_model_len", "unknown key"]),
+        ("cpus_per_replica: many", ["serving.cpus_per_replica", "'many'"]),
+        ("engine_kwargs: {tensor_parallel_size: two}", ["engine_kwargs.tensor_parallel_size", "'two'"]),
+        ("- 8", ["must be a mapping"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_settings_that_break_a_rule_start_nothing(version, settings: str, words: list, capsys, tmp_path: Path) -> None:
+    assert main(["deploy", f"tickets@{version.version}", "--settings", str(write(tmp_path, settings))]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not paths.serving_state_file().exists()
+
+
+def test_a_port_that_is_taken_starts_nothing(version, capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["deploy", f"tickets@{version.version}", "--port", str(port)]) == 2
+    assert f"--port: must be a free port, but {port} is not" in capsys.readouterr().err
+    assert not paths.serving_state_file().exists()
+
+
+def test_a_replica_that_no_node_can_hold_leaves_no_cluster(version, tmp_path: Path) -> None:
+    wanted = write(tmp_path, "gpus_per_replica: 1\nengine_kwargs: {tensor_parallel_size: 2}")
+    done = winnow("serving", "deploy", f"tickets@{version.version}", "--settings", wanted, "--port", 8123)
+    assert done.returncode == 2, done.stderr
+    assert "serving: a replica wants 2 GPU but the cluster has 0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "runtime started" in paths.serving_log().read_text()
+    assert not paths.serving_state_file().exists()
+    assert winnow("serving", "status").stderr.strip() == "nothing is deployed"
+
+
+MESSAGE = """The deployment failed to start 3 times in a row. Error:
+ray::ServeReplica:tickets:initialize() (pid=1)
+  File "replica.py", line 1, in initialize
+RuntimeError: Traceback (most recent call last):
+  File "vllm_engine.py", line 2, in start
+RuntimeError: {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        ("Failed to create vLLM engine config: 1 validation error\n  max_model_len (100000) is too great", ValueError),
+        ("Engine core initialization failed", RuntimeError),
+    ],
+)
+def test_the_last_error_is_the_cause(cause: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout.session, "logs", lambda: Path("logs"))
+    failure = rollout._failure("tickets", MESSAGE.format(cause))
+    assert type(failure) is kind
+    assert " ".join(cause.split()) in str(failure)
+    assert "Traceback" not in str(failure)
+    assert "\n" not in str(failure)
