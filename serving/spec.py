@@ -72,13 +72,13 @@ class ServingSpec(_Spec):
         return {name: amount for name, amount in wanted.items() if amount}
 
 
-def with_changes(registered: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> ServingSpec:
+def with_changes(registered: Mapping[str, Any], changes: Mapping[str, Any]) -> ServingSpec:
     """How a version is served: what it was registered with, and ``changes`` in the place of single keys.
 
     Raises:
         ValueError: a changed key is unknown or its value breaks a rule.
     """
     try:
-        return ServingSpec.model_validate_json(json.dumps({**registered, **(changes or {})}, default=str))
+        return ServingSpec.model_validate_json(json.dumps({**registered, **changes}, default=str))
     except ValidationError as error:
         raise ValueError(f"serving.{one_line(error)}") from None
