@@ -40,7 +40,8 @@ class Report:
 
     ``step`` lies on the axis that all trials of a sweep share: examples seen over the definition's effective batch, so
     that a scheduler compares like with like when trials differ in batch size. ``seconds`` counts training and
-    evaluation of this trial over all its attempts; ``device_seconds`` its share of its device in them.
+    evaluation of this trial over all its attempts; ``device_seconds`` its share of its device in them: a solo trial has
+    all of it by the wall clock, a packed one its share of the engine's own work (of its thread's, on a CPU).
     """
 
     eval_loss: float

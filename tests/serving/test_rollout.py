@@ -54,8 +54,10 @@ def test_a_port_that_is_taken_starts_nothing(version, capsys) -> None:
 
 
 def test_a_replica_that_no_node_can_hold_leaves_no_cluster(version, tmp_path: Path) -> None:
+    from ray._common.network_utils import find_free_port
+
     wanted = write(tmp_path, "gpus_per_replica: 1\nengine_kwargs: {tensor_parallel_size: 2}")
-    done = winnow("serving", "deploy", f"tickets@{version.version}", "--settings", wanted, "--port", 8123)
+    done = winnow("serving", "deploy", f"tickets@{version.version}", "--settings", wanted, "--port", find_free_port())
     assert done.returncode == 2, done.stderr
     assert "serving: a replica wants 2 GPU but the cluster has 0" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
