@@ -140,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--slots", type=int, default=4, help="in each engine; one engine a core")
+    parser.add_argument("--slots", type=int, default=8, help="in each engine; one engine a core")
     parser.add_argument("--batch", type=int, default=2, help="per_device_train_batch_size, of about 39 tokens each")
     return parser.parse_args()
 

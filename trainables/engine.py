@@ -17,7 +17,7 @@ import torch
 
 from trainables import base, lora
 from trainables.contract import Reason, Report, TrialConfig
-from trainables.packing import ATTENTION, Current, Example, HeadLoss, Pack, PackedLinear, pack
+from trainables.packing import ATTENTION, Current, Example, Group, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
 from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec
@@ -49,7 +49,7 @@ class Stay:
     admitted_s: float
     left_s: float | None = None
     ending: str = "running"
-    """ended, evicted or failed."""
+    """ended, evicted, moved or failed."""
     steps: int = 0
 
 
@@ -65,9 +65,12 @@ class Counters:
     """That training passes went over, learned or not."""
     training_s: float = 0.0
     """Of the device, in training passes, evaluation and optimizers apart."""
+    alone_tokens: int = 0
+    alone_s: float = 0.0
+    """The same of passes with one trial in them, and of a probe before the first: what a token costs unpacked."""
     slot_steps: int = 0
     idle_slot_steps: int = 0
-    """Of slots that a trial came to later; what is never filled again at the end of a sweep is no delay."""
+    """Of slots that a new trial came to later; what none is left to fill at the end of a sweep is no delay."""
     steps_past_stop: int = 0
     splits: int = 0
 
@@ -97,9 +100,8 @@ class Engine:
         self.lengths = [len(example.input_ids) for example in self.train]
         self.model = self._load(gradient_checkpointing)
         self.layers, self.target_modules = lora.targets(self.model, target_modules), target_modules
-        places = {layer.name: place for place, layer in enumerate(self.layers)}
-        every, self.current = lora.targets(self.model, "all-linear"), Current()
-        self.packed = [self._replace(layer.name, places.get(layer.name)) for layer in every]
+        self.current = Current()
+        self.packed = self._replace_layers()
         self.keeps_dequantised = False
         self.started = time.monotonic()
 
@@ -131,14 +133,14 @@ class Engine:
         if resume_from is not None:
             slot.restore(resume_from)
         self.slots.append(slot)
-        self._stay(slot)
+        self._stay(slot, new=resume_from is None)
         return slot
 
-    def evict(self, trial_id: str) -> None:
+    def evict(self, trial_id: str, ending: str = "evicted") -> None:
         """Free a trial's slot, whatever it was doing."""
         for slot in [slot for slot in self.slots if slot.trial_id == trial_id]:
             self.counters.steps_past_stop += len(slot.progress.losses)
-            self._leave(slot, "evicted")
+            self._leave(slot, ending)
 
     def advance(self) -> list[Evaluated | Failed]:
         """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots.
@@ -186,7 +188,7 @@ class Engine:
         """Mean negative log likelihood, in nats, of the eval split's learned tokens, by trial."""
         totals = {slot.trial_id: (0.0, 0) for slot in slots}
         started = self._clock()
-        self.model.eval()
+        self._mode(training=False)
         with torch.no_grad():
             for batches in _rounds([self._eval_batches(slot) for slot in slots]):
                 packed = pack([(slots[k].adapter(None), rows) for k, rows in batches], self.device)
@@ -196,13 +198,19 @@ class Engine:
         _charge(slots, [1] * len(slots), self._clock() - started)
         return {trial_id: total / tokens for trial_id, (total, tokens) in totals.items()}
 
+    def _mode(self, training: bool) -> None:
+        """The model's; asking first spares a walk over all of its modules at every step."""
+        if self.model.training is not training:
+            self.model.train(training)
+
     def _clock(self) -> float:
         """Seconds of this device's work: on a CPU this thread's own, which no other process on the core lengthens."""
         return time.thread_time() if self.device.type == "cpu" else time.monotonic()
 
-    def _stay(self, slot: Slot) -> None:
+    def _stay(self, slot: Slot, new: bool) -> None:
         place = self._free()[0]
-        self.counters.idle_slot_steps += self.idle.pop(place, 0)
+        idle = self.idle.pop(place, 0)
+        self.counters.idle_slot_steps += idle if new else 0
         self.stays.append(Stay(place, slot.trial_id, time.monotonic() - self.started))
 
     def _free(self) -> list[int]:
@@ -218,7 +226,7 @@ class Engine:
     def learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:
         """Gradients of each trial's next step; by trial its loss and the tokens that it is a mean over."""
         started = self._clock()
-        self.model.train()
+        self._mode(training=True)
         plans = [[[self.train[i] for i in batch] for batch in slot.micro_batches()] for slot in slots]
         learned = [sum(_learned(batch) for batch in plan) for plan in plans]
         sums = [0.0] * len(slots)
@@ -234,6 +242,9 @@ class Engine:
         _charge(slots, tokens, seconds)
         self.counters.tokens += sum(tokens)
         self.counters.training_s += seconds
+        if len(slots) == 1:
+            self.counters.alone_tokens += sum(tokens)
+            self.counters.alone_s += seconds
         return {slot.trial_id: (sums[k], learned[k]) for k, slot in enumerate(slots)}
 
     def _update(self, slot: Slot, loss: float, learned: int) -> list[Failed]:
@@ -261,11 +272,8 @@ class Engine:
             pack=packed,
         ).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
-        shares = hidden.split(packed.sizes)
-        return [
-            HeadLoss.apply(share.index_select(0, part.predicting), weight, part.next_ids)
-            for share, part in zip(shares, packed.parts, strict=True)
-        ]
+        shares = hidden.index_select(0, packed.predicting).split(packed.learned)
+        return [HeadLoss.apply(own, weight, part.next_ids) for own, part in zip(shares, packed.parts, strict=True)]
 
     def _together(self, slots: Sequence[Slot], work: Any) -> Iterator[Failed]:
         """Do ``work`` for groups of slots; out of memory halves the group, for good, and tries again.
@@ -307,10 +315,22 @@ class Engine:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
-    def _replace(self, name: str, place: int | None) -> PackedLinear:
+    def _replace_layers(self) -> list[PackedLinear]:
+        """Put a packed layer in the place of every linear one, the head apart, whether adapters add to it or not."""
+        groups = {group[0].group: place for place, group in enumerate(lora.groups(self.layers))}
+        places = {layer.name: place for place, layer in enumerate(self.layers)}
+        packed = []
+        for members in lora.groups(lora.targets(self.model, "all-linear")):
+            group = Group(self.current, at_once=self.device.type == "cuda")
+            group.place = groups.get(members[0].group)
+            group.adapted = [(k, places[layer.name]) for k, layer in enumerate(members) if layer.name in places]
+            packed += [self._replace(layer.name, group) for layer in members]
+        return packed
+
+    def _replace(self, name: str, group: Group) -> PackedLinear:
         parent, _, child = name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        packed = PackedLinear(getattr(owner, child), place, self.current, at_once=self.device.type == "cuda")
+        packed = PackedLinear(getattr(owner, child), group)
         setattr(owner, child, packed)
         return packed
 

@@ -97,14 +97,15 @@ class EngineHost:
         )
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self.memory_bytes = config.memory_bytes or probe.device_memory(self.engine.device, cpus)
-        self.alone_s_per_token, self.memory = self._probe(training, config.largest)
+        self.memory = self._probe(training, config.largest)
         self.changed = threading.Condition()
         self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
+        self.moved = set[str]()
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
 
-    def _probe(self, training: TrainingSpec, largest: TrainingSpec) -> tuple[float | None, MemoryModel | None]:
+    def _probe(self, training: TrainingSpec, largest: TrainingSpec) -> MemoryModel | None:
         """What a trial costs here, and with that the engine's capacity.
 
         Where not even a probe fits, trials are let in one by one: each then fails as ``oom``, which is its result.
@@ -117,11 +118,13 @@ class EngineHost:
             model = probe.memory(self.engine, largest)
             self.engine.limit(model.slots(self.memory_bytes))
             self.engine.keep_dequantised(model.keeps_dequantised(self.engine.capacity, self.memory_bytes))
-            return probe.seconds_alone(self.engine, training), model
+            alone = probe.alone(self.engine, training)
+            self.engine.counters.alone_tokens, self.engine.counters.alone_s = alone
+            return model
         except (torch.OutOfMemoryError, MemoryError):
             self.engine.keep_dequantised(False)
             self.engine.limit(1)
-            return None, None
+            return None
 
     def capacity(self) -> int:
         """Slots; answers once the base is loaded."""
@@ -160,16 +163,24 @@ class EngineHost:
             self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
             self.outboxes.close(trial_id)
 
+    def leave(self, trial_id: str) -> bool:
+        """Free the slot of a trial that goes on elsewhere from its last report; False where it has ended."""
+        with self.changed:
+            if trial_id not in self.outboxes:
+                return False
+            self.moved.add(trial_id)
+            self.outboxes.close(trial_id)
+            return True
+
     def decided(self, trial_id: str) -> None:
         """A trial's report has been judged; the next one may go out."""
         with self.changed:
             self.outboxes.decided(trial_id)
 
     def account(self) -> dict[str, Any]:
-        """Counted work, which trial held which slot from when to when, and what one trial costs here."""
+        """Counted work, which trial held which slot from when to when, and what the engine knows of its memory."""
         return {
             "counters": asdict(self.engine.counters) | {"dequantisations": self.engine.dequantisations},
-            "alone_s_per_token": self.alone_s_per_token,
             "node_id": ray.get_runtime_context().get_node_id(),
             "capacity": self.engine.capacity,
             "memory": self.memory.as_dict() if self.memory else None,
@@ -193,9 +204,11 @@ class EngineHost:
             if not self.engine.stays:
                 self.changed.wait_for(lambda: len(self.arriving) >= self.engine.capacity, _FIRST_S)
             arriving, self.arriving = self.arriving, []
+            coming = {config.trial_id for config, _ in arriving}  # back before its old slot was free
             for slot in list(self.engine.slots):
-                if slot.trial_id not in self.outboxes:
-                    self.engine.evict(slot.trial_id)
+                if slot.trial_id not in self.outboxes or slot.trial_id in coming:
+                    self.engine.evict(slot.trial_id, "moved" if slot.trial_id in self.moved else "evicted")
+                    self.moved.discard(slot.trial_id)
         for config, checkpoint in arriving:
             self._admit(config, checkpoint)
         if self.engine.slots:
@@ -246,35 +259,49 @@ def run_trial(
         TrialFailure: as the engine reported it.
         RayActorError: every engine is gone for good.
     """
-    relay = _Relay(config, workdir, resume_from, report)
+    relay, place = _Relay(engines, config, workdir, resume_from, report), None
     while not relay.ended:
-        engine = _reserve(engines, config)
+        here = _reserve(engines, config) if place is None else place
         try:
-            relay.follow(engine)
+            place = relay.follow(here)
         except RayActorError:
+            place = None
             time.sleep(_POLL_S)  # Ray is starting it again, or another engine has a slot
         finally:
-            engine.evict.remote(config.trial_id)
+            engines[here].evict.remote(config.trial_id)
 
 
 class _Relay:
-    """A trial's process: what it hands to the engine and what it takes from it."""
+    """A trial's process: what it hands to the engines and what it takes from them."""
 
-    def __init__(self, config: TrialConfig, workdir: Path, resume_from: Path | None, report: ReportFunction) -> None:
-        self.config, self.workdir, self.report, self.ended = config, workdir, report, False
+    def __init__(
+        self,
+        engines: Sequence[ray.actor.ActorHandle],
+        config: TrialConfig,
+        workdir: Path,
+        resume_from: Path | None,
+        report: ReportFunction,
+    ) -> None:
+        self.engines, self.config, self.workdir, self.report = engines, config, workdir, report
+        self.ended = False
         self.checkpoint = files.read_tree(resume_from) if resume_from else None
 
-    def follow(self, engine: ray.actor.ActorHandle) -> None:
+    def follow(self, here: int) -> int | None:
+        """Train in one engine, to the end or until another one has become better: that one, with a slot reserved."""
+        engine = self.engines[here]
         messages: Any = engine.train.options(num_returns="streaming").remote(self.config, self.checkpoint)
         for reference in messages:
             kind, first, second = ray.get(reference)
             if kind == "failed":
                 raise TrialFailure(first, second)
             if kind == "ended":
-                self.ended = True
-                return
+                break
             self._reported(first, second)
             engine.decided.remote(self.config.trial_id)
+            if (place := self._moves(here)) is not None:
+                return place
+        self.ended = True
+        return None
 
     def _reported(self, made: Report, saved: dict[str, bytes]) -> None:
         self.checkpoint = saved
@@ -283,15 +310,28 @@ class _Relay:
         files.write_tree(handed, saved)
         self.report(made, handed)
 
+    def _moves(self, here: int) -> int | None:
+        """Where the trial goes on from its checkpoint, if not here; its slot there is reserved and its old one left."""
+        if len(self.engines) == 1:
+            return None
+        trial_id, own = self.config.trial_id, placement.bucket(self.config.training)
+        place = placement.better(own, here, _occupancies(self.engines))
+        if place is None or not ray.get(self.engines[place].reserve.remote(trial_id, own)):
+            return None
+        if ray.get(self.engines[here].leave.remote(trial_id)):
+            return place
+        self.engines[place].evict.remote(trial_id)  # it has ended meanwhile
+        return None
 
-def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig) -> ray.actor.ActorHandle:
+
+def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig) -> int:
     """A slot in the engine that suits the trial best; waits while all are taken or starting again."""
     own = placement.bucket(config.training)
     while True:
         for place in placement.preferred(own, _occupancies(engines)):
             with suppress(RayActorError):
                 if ray.get(engines[place].reserve.remote(config.trial_id, own)):
-                    return engines[place]
+                    return place
         time.sleep(_POLL_S)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """A [r, d_in] and B [d_out, r] of one layer: it computes ``x A' B' * lora_alpha / r``."""
 
 
+_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that a block gives the same input, by transformers' usual names."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A linear layer of the base that an adapter adds to."""
@@ -27,6 +33,17 @@ class Target:
     name: str
     d_in: int
     d_out: int
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """The same for layers that are given one input."""
+        parent, _, own = self.name.rpartition(".")
+        return next(((parent, *names) for names in _ONE_INPUT if own in names), (self.name,))
+
+
+def groups(layers: Sequence[Target]) -> list[list[Target]]:
+    """Neighbours with one input, together; in the order of ``layers``."""
+    return [list(members) for _, members in itertools.groupby(layers, key=lambda layer: layer.group)]
 
 
 def targets(model: PreTrainedModel, preset: str) -> list[Target]:

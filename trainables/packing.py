@@ -10,70 +10,68 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainables import lora
-from trainables.lora import Pair
 
 ATTENTION = "winnow_packed"
 """The name under which transformers knows ``attend``."""
 
 
-class LayerWeights(NamedTuple):
-    """One layer of an adapter in the type that a pass computes in: views, made once a trial, since each costs time."""
+class GroupWeights(NamedTuple):
+    """An adapter's weights in the layers of one group, in the type that a pass computes in: views, made once."""
 
     a: torch.Tensor
-    """[r, d_in]"""
-    b: torch.Tensor
-    """[d_out, r]"""
-    a_t: torch.Tensor
-    b_t: torch.Tensor
+    """[n * r, d_in]: the A of all n layers, one below the other, since all are given the same input."""
+    b_t: Sequence[torch.Tensor]
+    """Of each layer its B turned over, [r, d_out]: products are slow where r is the side that lies in memory."""
 
 
 class Adapter(NamedTuple):
-    """One trial's LoRA weights as a pass needs them, in the order of the packed layers."""
+    """One trial's LoRA weights as a pass needs them, group by group."""
 
-    weights: Sequence[LayerWeights]
-    gradients: Sequence[Pair] | None
-    """Where the backward pass adds to; None in evaluation."""
+    weights: Sequence[GroupWeights]
+    gradients: Sequence[GroupWeights] | None
+    """Where a backward pass adds to, in 32 bits; None in evaluation."""
+    r: int
     scale: float
     dropout: float
     key: tuple[int, ...]
     """Of the dropout masks: seed, step and micro-batch."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One trial's tokens in a pass: ``start`` to ``end`` of all, in ``rows`` examples of at most ``width`` tokens."""
+class Part(NamedTuple):
+    """One trial's tokens in a pass, in ``rows`` examples of at most ``width`` tokens."""
 
     adapter: Adapter
-    start: int
-    end: int
     rows: int
     width: int
-    gather: torch.Tensor
-    """[rows * width], the token that stands at each place of the padded rectangle; padding repeats the first."""
-    scatter: torch.Tensor
-    """[end - start], the place of each token in that rectangle."""
-    predicting: torch.Tensor
-    """[M], the tokens (of the part) whose next token is learned."""
     next_ids: torch.Tensor
-    """[M], those next tokens."""
+    """[M], what follows each of its tokens whose next one is learned."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward pass over N tokens."""
+    """One forward pass over N tokens, which lie trial by trial; in attention in P places, examples padded by trial."""
 
     input_ids: torch.Tensor
     """[N]"""
     positions: torch.Tensor
     """[N], each example from 0."""
+    predicting: torch.Tensor
+    """The tokens whose next one is learned."""
+    gather: torch.Tensor
+    """[P], the token that stands at each place; padding repeats its own example's first."""
+    scatter: torch.Tensor
+    """[N], the place of each token."""
     parts: tuple[Part, ...]
-    sizes: list[int]
-    """Tokens of each part."""
+    tokens: list[int]
+    """Of each part, and likewise:"""
+    places: list[int]
+    learned: list[int]
     anchor: torch.Tensor
     """Of no size; requires a gradient where the pass learns, so that autograd records it from the first adapter on."""
 
@@ -87,40 +85,40 @@ class Example(NamedTuple):
 
 def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.device) -> Pack:
     """Lay out one batch of examples for each of several adapters."""
-    parts, start = [], 0
-    for adapter, examples in batches:
-        parts.append(_part(adapter, examples, start, device))
-        start = parts[-1].end
     rows = [example for _, examples in batches for example in examples]
+    counts = [len(examples) for _, examples in batches]
+    first_rows = numpy.cumsum([0, *counts[:-1]])
+    lengths = numpy.array([len(example.input_ids) for example in rows])
+    widths = numpy.maximum.reduceat(lengths, first_rows)
+    ends, padded = lengths.cumsum(), numpy.repeat(widths, counts)
+    starts, tokens = ends - lengths, numpy.add.reduceat(lengths, first_rows)
+    positions = numpy.arange(ends[-1]) - numpy.repeat(starts, lengths)
+    scatter = numpy.repeat(padded.cumsum() - padded, lengths) + positions
+    gather = numpy.repeat(starts, padded)
+    gather[scatter] = numpy.arange(ends[-1])
+    following = torch.cat([example.labels for example in rows]).roll(-1).numpy()
+    following[ends - 1] = -100
+    predicting = numpy.flatnonzero(following != -100)
+    learned = numpy.diff(numpy.searchsorted(predicting, tokens.cumsum()), prepend=0).tolist()
+    next_ids = _on(device, following[predicting]).split(learned)
+    shapes = zip((adapter for adapter, _ in batches), counts, widths.tolist(), next_ids, strict=True)
+    parts = tuple(Part(*shape) for shape in shapes)
     return Pack(
-        torch.cat([row.input_ids for row in rows]).to(device),
-        torch.cat([torch.arange(len(row.input_ids)) for row in rows]).to(device),
-        tuple(parts),
-        [part.end - part.start for part in parts],
-        torch.empty(0, requires_grad=any(part.adapter.gradients for part in parts)),
+        input_ids=torch.cat([example.input_ids for example in rows]).to(device),
+        positions=_on(device, positions),
+        predicting=_on(device, predicting),
+        gather=_on(device, gather),
+        scatter=_on(device, scatter),
+        parts=parts,
+        tokens=tokens.tolist(),
+        places=(widths * counts).tolist(),
+        learned=learned,
+        anchor=torch.empty(0, requires_grad=any(part.adapter.gradients for part in parts)),
     )
 
 
-def _part(adapter: Adapter, examples: Sequence[Example], start: int, device: torch.device) -> Part:
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    tokens, width = int(lengths.sum()), int(lengths.max())
-    real = (torch.arange(width) < lengths[:, None]).flatten()
-    scatter = real.nonzero().flatten()
-    gather = torch.zeros(len(examples) * width, dtype=torch.long)
-    gather[scatter] = torch.arange(tokens)
-    following = torch.cat([functional.pad(example.labels[1:], (0, 1), value=-100) for example in examples])
-    predicting = (following != -100).nonzero().flatten()
-    return Part(
-        adapter,
-        start,
-        start + tokens,
-        len(examples),
-        width,
-        gather.to(device),
-        scatter.to(device),
-        predicting.to(device),
-        following[predicting].to(device),
-    )
+def _on(device: torch.device, array: Any) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
 
 
 def attend(
@@ -142,41 +140,41 @@ def attend(
         [1, N, H, D]
     """
     assert pack is not None
-    found = []
-    for part, *own in zip(pack.parts, *(tensor[0].split(pack.sizes, 1) for tensor in (query, key, value)), strict=True):
-        q, k, v = (_Rectangle.apply(tensor, part) for tensor in own)
-        grouped = q.shape[1] != k.shape[1]
+    rectangles = (_Padded.apply(tensor[0], pack).split(pack.places, 1) for tensor in (query, key, value))
+    grouped, found = query.shape[1] != key.shape[1], []
+    for part, *own in zip(pack.parts, *rectangles, strict=True):
+        q, k, v = (tensor.unflatten(1, (part.rows, part.width)).transpose(0, 1) for tensor in own)
         seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        found.append(_Tokens.apply(seen, part))
-    return torch.cat(found).unsqueeze(0), None
+        found.append(seen.transpose(1, 2).flatten(0, 1))
+    return _Unpadded.apply(torch.cat(found), pack).unsqueeze(0), None
 
 
-class _Rectangle(torch.autograd.Function):
-    """[H, T, D] to the part's [rows, H, width, D]. Its gradient is a gather too, where autograd's would add rows up."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, part: Part) -> torch.Tensor:
-        ctx.part = part
-        return tokens.index_select(1, part.gather).unflatten(1, (part.rows, part.width)).transpose(0, 1)
+class _Padded(torch.autograd.Function):
+    """[H, N, D] to [H, P, D]. Its gradient is a gather too, where autograd's would add rows up."""
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return outer[0].transpose(0, 1).flatten(1, 2).index_select(1, ctx.part.scatter), None
-
-
-class _Tokens(torch.autograd.Function):
-    """The part's [rows, H, width, D] to [T, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, rectangle: torch.Tensor, part: Part) -> torch.Tensor:
-        ctx.part = part
-        return rectangle.transpose(1, 2).flatten(0, 1).index_select(0, part.scatter)
+    def forward(ctx: Any, tokens: torch.Tensor, pack: Pack) -> torch.Tensor:
+        ctx.pack = pack
+        return tokens.index_select(1, pack.gather)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
-        part, tokens = ctx.part, outer[0]
-        padded = tokens.new_zeros(part.rows * part.width, *tokens.shape[1:]).index_copy_(0, part.scatter, tokens)
-        return padded.unflatten(0, (part.rows, part.width)).transpose(1, 2), None
+        return outer[0].index_select(1, ctx.pack.scatter), None
+
+
+class _Unpadded(torch.autograd.Function):
+    """[P, H, D] to [N, H, D]; what is padding gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, pack: Pack) -> torch.Tensor:
+        ctx.pack = pack
+        return places.index_select(0, pack.scatter)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        pack, tokens = ctx.pack, outer[0]
+        places = tokens.new_zeros(len(pack.gather), *tokens.shape[1:])
+        return places.index_copy_(0, pack.scatter, tokens), None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -191,26 +189,19 @@ class Current:
 
 
 class PackedLinear(torch.nn.Module):
-    """A frozen linear layer, 4-bit or not, with every adapter of the current pack.
+    """A frozen linear layer, 4-bit or not, with every adapter of the current pack; its group does the work."""
 
-    Args:
-        place: of its pair among an adapter's; None for a layer that adapters leave alone.
-        at_once: multiply the frozen weight with all trials' tokens in one call: fewer launches on a GPU, but then the
-            last bits of a trial may depend on how many tokens its neighbours have.
-    """
-
-    def __init__(self, layer: torch.nn.Linear, place: int | None, current: Current, at_once: bool = False) -> None:
+    def __init__(self, layer: torch.nn.Linear, group: Group) -> None:
         super().__init__()
-        self.layer, self.place, self.current, self.at_once = layer, place, current, at_once
+        self.layer, self.group, self.member = layer, group, len(group.layers)
+        group.layers.append(self)
         self.dequantisations = 0
         self.keeps = False
         self._kept: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [1, N, d_in], to [1, N, d_out]."""
-        pack = self.current.pack
-        assert pack is not None
-        return _AdaptedLinear.apply(x, pack.anchor, self, pack)  # type: ignore[no-any-return]
+        return self.group.output(x, self.member)
 
     def keep(self, keeps: bool) -> None:
         """Whether the dequantised weight stays from pass to pass: the same bits, for its memory."""
@@ -232,78 +223,156 @@ class PackedLinear(torch.nn.Module):
         return whole
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """y = x W' + b + scale * drop(x) A' B', trial by trial; gradients of A and B go straight to their owner's."""
+class Group:
+    """Layers that the model gives one input, as q, k and v, or a layer alone: one node of autograd's graph.
+
+    What an adapter does to their input is then one product for all of them, where each alone is narrow and slow.
+
+    Args:
+        at_once: multiply a frozen weight with all trials' tokens in one call: fewer launches on a GPU, but then the
+            last bits of a trial may depend on how many tokens its neighbours have.
+    """
+
+    def __init__(self, current: Current, at_once: bool) -> None:
+        self.current, self.at_once = current, at_once
+        self.layers: list[PackedLinear] = []
+        self.place: int | None = None
+        """Of its weights in an adapter; None where adapters leave all of its layers alone."""
+        self.adapted: list[tuple[int, int]] = []
+        """Of each layer that adapters have: which of ``layers`` it is, and its place among all that they have."""
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def output(self, x: torch.Tensor, member: int) -> torch.Tensor:
+        """Of one layer; the first that is asked for an ``x`` computes all, which a model asks for next."""
+        if x is not self._input or member not in self._outputs:
+            pack = self.current.pack
+            assert pack is not None
+            self._input, self._outputs = x, dict(enumerate(_AdaptedLinears.apply(x, pack.anchor, self, pack)))
+        found = self._outputs.pop(member)
+        if not self._outputs:
+            self._input = None
+        return found
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """y = x W' + b + scale * drop(x) A' B' in each layer of a group, trial by trial.
+
+    Gradients of A and B go straight to their owner's.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004  has autograd record a layer whose input needs no gradient
-        linear: PackedLinear,
+        group: Group,
         pack: Pack,
-    ) -> torch.Tensor:
-        flat, across = x[0], linear.weight(x.dtype).t()
-        y, low_rank = flat.new_empty(len(flat), across.shape[1]), []
-        if linear.at_once:
-            torch.mm(flat, across, out=y)
-        for part, own, out in zip(pack.parts, *_shares(pack, flat, y), strict=True):
-            if not linear.at_once:
-                torch.mm(own, across, out=out)
-            if linear.place is not None:
-                layer = part.adapter.weights[linear.place]
-                low_rank.append(torch.mm(_dropped(own, part, linear.place), layer.a_t))
-                out.addmm_(low_rank[-1], layer.b_t, alpha=part.adapter.scale)
-        if linear.layer.bias is not None:
-            y += linear.layer.bias
-        ctx.save_for_backward(x, *low_rank)
-        ctx.linear, ctx.pack = linear, pack
-        return y.unsqueeze(0)
+    ) -> tuple[torch.Tensor, ...]:
+        flat, inner = x[0], []
+        across = [layer.weight(x.dtype).t() for layer in group.layers]
+        outputs = [flat.new_empty(len(flat), weight.shape[1]) for weight in across]
+        if group.at_once:
+            _multiply(flat, across, outputs)
+        for part, own, *out in zip(pack.parts, *_shares(pack, flat, *outputs), strict=True):
+            if not group.at_once:
+                _multiply(own, across, out)
+            if group.place is not None:
+                inner.append(_adapt(part, group, own, out))
+        for layer, y in zip(group.layers, outputs, strict=True):
+            if layer.layer.bias is not None:
+                y += layer.layer.bias
+        ctx.save_for_backward(x, *inner)
+        ctx.group, ctx.pack = group, pack
+        return tuple(y.unsqueeze(0) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        linear, pack, (x, *low_rank) = ctx.linear, ctx.pack, ctx.saved_tensors
-        flat, dy = x[0], outer[0][0]
+        group, pack, (x, *inner) = ctx.group, ctx.pack, ctx.saved_tensors
+        flat, dys = x[0], [dy[0] for dy in outer]
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         onward: Sequence[torch.Tensor | None] = [None] * len(pack.parts)
         if dx is not None:
-            weight, (onward,) = linear.weight(x.dtype), _shares(pack, dx)
-            if linear.at_once:
-                torch.mm(dy, weight, out=dx)
-        own = _shares(pack, flat, dy)
-        for k, (part, own_x, own_dy, own_dx) in enumerate(zip(pack.parts, *own, onward, strict=True)):
-            if own_dx is not None and not linear.at_once:
-                torch.mm(own_dy, weight, out=own_dx)
-            if linear.place is not None:
-                _adapter_gradients(part, linear.place, own_x, low_rank[k], own_dy, own_dx)
+            weights, (onward,) = [layer.weight(x.dtype) for layer in group.layers], _shares(pack, dx)
+            if group.at_once:
+                _sum_products(dys, weights, dx)
+        for k, (part, own_dx, own_x, *own_dys) in enumerate(
+            zip(pack.parts, onward, *_shares(pack, flat, *dys), strict=True)
+        ):
+            if own_dx is not None and not group.at_once:
+                _sum_products(own_dys, weights, own_dx)
+            if group.place is not None:
+                _adapter_gradients(part, group, own_x, inner[k], own_dys, own_dx)
         return dx.unsqueeze(0) if dx is not None else None, None, None, None
+
+
+def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    for weight, y in zip(weights, outputs, strict=True):
+        torch.mm(x, weight, out=y)
+
+
+def _sum_products(dys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], dx: torch.Tensor) -> None:
+    torch.mm(dys[0], weights[0], out=dx)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight)
 
 
 def _shares(pack: Pack, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Each of [N, d] by trial; ``Tensor.split`` does the same and asks more questions first."""
-    return [torch.split_with_sizes(tensor, pack.sizes) for tensor in tensors]
+    return [torch.split_with_sizes(tensor, pack.tokens) for tensor in tensors]
+
+
+def _adapt(part: Part, group: Group, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Adds what one trial's adapter makes of ``x`` to the group's outputs.
+
+    Returns:
+        [n * r, T], the adapter's inner features, those of one layer below those of another.
+    """
+    adapter, layers = part.adapter, group.adapted
+    weights = adapter.weights[group.place]  # type: ignore[index]
+    if adapter.dropout and adapter.gradients:
+        inner = x.new_empty(len(weights.a), len(x))
+        for (_, place), h, a in zip(layers, _by_layer(inner, layers), _by_layer(weights.a, layers), strict=True):
+            torch.mm(a, (x * _mask(x, adapter, place)).t(), out=h)
+    else:
+        inner = torch.mm(weights.a, x.t())
+    for (member, _), h, b_t in zip(layers, _by_layer(inner, layers), weights.b_t, strict=True):
+        outputs[member].addmm_(h.t(), b_t, alpha=adapter.scale)
+    return inner
 
 
 def _adapter_gradients(
-    part: Part, place: int, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None
+    part: Part,
+    group: Group,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    dys: Sequence[torch.Tensor],
+    dx: torch.Tensor | None,
 ) -> None:
-    """Adds one trial's gradients of A and B to its own, and what its adapter passes on to ``dx``, where it is wanted.
-
-    Args:
-        h: [T, r], the adapter's inner features from the forward pass.
-    """
-    adapter = part.adapter
-    assert adapter.gradients is not None
-    layer, (da, db), scale = adapter.weights[place], adapter.gradients[place], adapter.scale
-    dh = torch.mm(dy, layer.b)
-    _accumulate(db, dy.t(), h, scale)
-    _accumulate(da, dh.t(), _dropped(x, part, place), scale)
-    if dx is None:
+    """Adds one trial's gradients of A and B to its own, and to ``dx``, where wanted, what its adapter passes on."""
+    adapter, layers = part.adapter, group.adapted
+    weights, scale = adapter.weights[group.place], adapter.scale  # type: ignore[index]
+    gradients = adapter.gradients[group.place]  # type: ignore[index]
+    d_inner = torch.empty_like(inner)
+    hs, dhs = _by_layer(inner, layers), _by_layer(d_inner, layers)
+    for (member, _), h, dh, b_t, db_t in zip(layers, hs, dhs, weights.b_t, gradients.b_t, strict=True):
+        torch.mm(b_t, dys[member].t(), out=dh)
+        _accumulate(db_t, h, dys[member], scale)
+    if not adapter.dropout:
+        _accumulate(gradients.a, d_inner, x, scale)
+        if dx is not None:
+            dx.addmm_(d_inner.t(), weights.a, alpha=scale)
         return
-    if adapter.dropout:
-        dx.addcmul_(torch.mm(dh, layer.a), _mask(x, part, place), value=scale)
-    else:
-        dx.addmm_(dh, layer.a, alpha=scale)
+    own = zip(layers, dhs, _by_layer(weights.a, layers), _by_layer(gradients.a, layers), strict=True)
+    for (_, place), dh, a, da in own:
+        mask = _mask(x, adapter, place)
+        _accumulate(da, dh, x * mask, scale)
+        if dx is not None:
+            dx.addcmul_(torch.mm(dh.t(), a), mask, value=scale)
+
+
+def _by_layer(stacked: torch.Tensor, layers: Sequence[Any]) -> Sequence[torch.Tensor]:
+    return (stacked,) if len(layers) == 1 else stacked.chunk(len(layers))
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
@@ -314,15 +383,10 @@ def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
         total.add_(torch.mm(left, right), alpha=scale)
 
 
-def _dropped(x: torch.Tensor, part: Part, place: int) -> torch.Tensor:
-    """The adapter's input: with LoRA's dropout in training, as it is in evaluation."""
-    return x * _mask(x, part, place) if part.adapter.dropout and part.adapter.gradients else x
-
-
-def _mask(x: torch.Tensor, part: Part, place: int) -> torch.Tensor:
-    """Drawn again in the backward pass rather than kept: its key gives the same one."""
-    keep = 1 - part.adapter.dropout
-    drawn = torch.rand(x.shape, generator=lora.generator(x.device, *part.adapter.key, place), device=x.device)
+def _mask(x: torch.Tensor, adapter: Adapter, place: int) -> torch.Tensor:
+    """LoRA's dropout of one layer. Drawn again in the backward pass rather than kept: its key gives the same one."""
+    keep = 1 - adapter.dropout
+    drawn = torch.rand(x.shape, generator=lora.generator(x.device, *adapter.key, place), device=x.device)
     return (drawn < keep).to(x.dtype) / keep
 
 

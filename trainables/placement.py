@@ -39,6 +39,15 @@ def preferred(own: Bucket, engines: Sequence[Occupancy]) -> list[int]:
     return sorted((place for place, engine in enumerate(engines) if engine.free > 0), key=order)
 
 
+def better(own: Bucket, here: int, engines: Sequence[Occupancy]) -> int | None:
+    """Where a trial had better go on: an engine that will still be less busy than its own is now, the best first.
+
+    At the end of a sweep no trial comes to engines whose trials have ended, while others still share theirs.
+    """
+    busy = len(engines[here].buckets)
+    return next((place for place in preferred(own, engines) if len(engines[place].buckets) + 1 < busy), None)
+
+
 def _power(value: int) -> int:
     """Least power of two that holds ``value``."""
     return 1 << (value - 1).bit_length()

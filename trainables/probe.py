@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +24,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else tells w
 _SHARE = 0.9
 """Of a device's memory that an engine plans with; the rest is the allocator's and the process's own."""
 
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 2.0
+"""Of a trial alone, to know what it costs; one step varies by a third, mostly with its tokens."""
+
 _EPOCHS = 3
 """Whose batches are looked at for the largest one; an epoch's order is the trial's own, so more find little more."""
 
@@ -36,16 +38,17 @@ def device_memory(device: torch.device, cpus: float) -> float:
     return _SHARE * session.memory_of_cores(cpus)
 
 
-def seconds_alone(engine: Engine, training: TrainingSpec, steps: int = 3) -> float:
-    """Seconds a token of a training pass with one trial in it."""
+def alone(engine: Engine, training: TrainingSpec) -> tuple[int, float]:
+    """Tokens and seconds of some training passes with one trial in them."""
     with _untouched(engine):
-        slot = _slot(engine, training)
-        seconds = []
-        for _ in range(steps + 1):  # the first allocates what later ones reuse
-            before = (engine.counters.training_s, engine.counters.tokens)
+        slot, counters = _slot(engine, training), engine.counters
+        _step(engine, slot)  # allocates what later ones reuse
+        tokens, seconds = counters.alone_tokens, counters.alone_s
+        for step in range(_MOST_STEPS):
+            if step >= _LEAST_STEPS and counters.alone_s - seconds > _ENOUGH_S:
+                break
             _step(engine, slot)
-            seconds.append((engine.counters.training_s - before[0]) / (engine.counters.tokens - before[1]))
-    return statistics.median(seconds[1:])
+        return counters.alone_tokens - tokens, counters.alone_s - seconds
 
 
 def memory(engine: Engine, largest: TrainingSpec) -> MemoryModel:

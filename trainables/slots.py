@@ -28,7 +28,7 @@ from trainables.contract import (
 )
 from trainables.lora import Pair, Target
 from trainables.order import epoch_order
-from trainables.packing import Adapter, Example, LayerWeights
+from trainables.packing import Adapter, Example, GroupWeights
 from trainables.spec import TrainingSpec
 
 _STATE, _TENSORS = "slot.json", "slot.safetensors"
@@ -72,9 +72,10 @@ class Slot:
         self.vector = torch.zeros(size, device=device)
         self.vector.grad = torch.zeros_like(self.vector)
         self.pairs, self.gradients = self._views(self.vector), self._views(self.vector.grad)
+        self.group_gradients = self._groups(self.vector.grad)
         self.set_weights(lora.initial_weights(self.layers, training.r, training.seed))
         self.computing = self.vector if dtype is torch.float32 else self.vector.to(dtype)
-        self.computing_pairs = [LayerWeights(a, b, a.t(), b.t()) for a, b in self._views(self.computing)]
+        self.group_weights = self._groups(self.computing)
         self.best = self.vector.clone()
         self.optimizer = _optimizer(self.vector, training)
         self.progress, self.started = Progress(), time.monotonic()
@@ -84,6 +85,7 @@ class Slot:
             evaluation_steps(self.steps_an_epoch, training.num_train_epochs, training.evals_per_epoch)
         )
         self._rate = _schedule(training, self.total_steps)
+        self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that it is in
 
     @property
     def trial_id(self) -> str:
@@ -115,8 +117,9 @@ class Slot:
         if self.computing is not self.vector:
             self.computing.copy_(self.vector)
         return Adapter(
-            self.computing_pairs,
-            None if micro_batch is None else self.gradients,
+            self.group_weights,
+            None if micro_batch is None else self.group_gradients,
+            training.r,
             training.alpha / training.r,
             training.lora_dropout,
             (training.seed, self.progress.step, micro_batch or 0),
@@ -127,8 +130,10 @@ class Slot:
         training, size = self.training, self.training.per_device_train_batch_size
         epoch, place = divmod(self.progress.step, self.steps_an_epoch)
         batch = training.effective_batch
-        order = epoch_order(self.lengths, batch, training.train_sampling_strategy, training.seed, epoch)
-        step = order[place * batch : (place + 1) * batch]
+        if self._order[0] != epoch:
+            strategy, seed = training.train_sampling_strategy, training.seed
+            self._order = epoch, epoch_order(self.lengths, batch, strategy, seed, epoch)
+        step = self._order[1][place * batch : (place + 1) * batch]
         return [step[start : start + size] for start in range(0, len(step), size)]
 
     def clear(self) -> None:
@@ -181,7 +186,7 @@ class Slot:
         directory.mkdir(parents=True)
         self.export(directory / ADAPTER)
         moments = {f"optimizer.{name}": value for name, value in self._optimizer_state().items()}
-        save_file({"weights": self.vector} | moments, directory / _TENSORS)
+        save_file({"vector": self.vector} | moments, directory / _TENSORS)
         files.write_json(directory / _STATE, vars(self.progress))
         files.write_json(directory / REPORT, report.as_dict())
         seal(directory)
@@ -189,7 +194,7 @@ class Slot:
     def restore(self, directory: Path) -> None:
         tensors = load_file(directory / _TENSORS)
         with torch.no_grad():
-            self.vector.copy_(tensors.pop("weights"))
+            self.vector.copy_(tensors.pop("vector"))
         state = {name.removeprefix("optimizer."): value for name, value in tensors.items()}
         whole = int if self.training.optim != "adamw_torch" else torch.Tensor.clone  # bitsandbytes counts in Python
         self.optimizer.state[self.vector] = {
@@ -206,14 +211,25 @@ class Slot:
         state = self.optimizer.state[self.vector]
         return {name: torch.as_tensor(value) for name, value in state.items()}
 
+    def _groups(self, vector: torch.Tensor) -> list[GroupWeights]:
+        """The vector as a pass sees it: of each group of layers with one input first every A, then every B."""
+        found, start, r = [], 0, self.training.r
+        for group in lora.groups(self.layers):
+            shapes = [(len(group) * r, group[0].d_in), *((r, layer.d_out) for layer in group)]
+            sizes = [rows * columns for rows, columns in shapes]
+            parts = vector[start : start + sum(sizes)].split(sizes)
+            a, *b_t = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+            found.append(GroupWeights(a, b_t))
+            start += sum(sizes)
+        return found
+
     def _views(self, vector: torch.Tensor) -> list[Pair]:
-        pairs, start, r = [], 0, self.training.r
-        for layer in self.layers:
-            middle = start + r * layer.d_in
-            end = middle + r * layer.d_out
-            pairs.append((vector[start:middle].view(r, layer.d_in), vector[middle:end].view(layer.d_out, r)))
-            start = end
-        return pairs
+        """A [r, d_in] and B [d_out, r] of each layer."""
+        return [
+            (a, b_t.t())
+            for group in self._groups(vector)
+            for a, b_t in zip(group.a.split(self.training.r), group.b_t, strict=True)
+        ]
 
 
 def examples_of(rows: Sequence[dict[str, Any]]) -> list[Example]:
@@ -229,7 +245,7 @@ def _optimizer(vector: torch.Tensor, training: TrainingSpec) -> Any:
         "weight_decay": training.weight_decay,
     }
     if training.optim == "adamw_torch":
-        return torch.optim.AdamW([vector], foreach=False, **common)  # fused: other bits with other threads
+        return torch.optim.AdamW([vector], fused=True, **common)
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if training.optim.endswith("8bit") else bitsandbytes.optim.AdamW32bit

@@ -97,17 +97,17 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
 def savings(run_id: str) -> str | None:
     """What packing saved in a run's training, as a line; None for a run of solo trials.
 
-    Both sides are the engines' own clocks: seconds of packed passes, and the tokens in them at the speed that each
-    engine measured for one trial alone before it took any.
+    Both sides are the engines' own clocks: seconds of training passes, and the tokens in them at what a token cost in
+    passes with one trial, which each engine makes before it takes any, and again when only one is left.
     """
     file = paths.engines_file(run_id)
     if not file.exists():
         return None
-    engines = [engine for engine in files.read_json(file) if engine["alone_s_per_token"]]
-    packed = sum(engine["counters"]["training_s"] for engine in engines)
+    engines = [engine["counters"] for engine in files.read_json(file) if engine["counters"]["alone_tokens"]]
+    packed = sum(counters["training_s"] for counters in engines)
     if not packed:
         return None
-    alone = sum(engine["counters"]["tokens"] * engine["alone_s_per_token"] for engine in engines)
+    alone = sum(counters["tokens"] * counters["alone_s"] / counters["alone_tokens"] for counters in engines)
     return f"packing: {packed:.0f} device-seconds of training, {alone:.0f} one trial at a time ({alone / packed:.2f}x)"
 
 

@@ -116,7 +116,9 @@ def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp
     engine.advance()  # what comes after the checkpoint is lost with the engine
     again = Engine(spec, data, capacity=2)
     again.admit(trial("neighbour", seed=9))
+    again.advance()
     again.admit(trial(**options), tmp_path / "checkpoint")
+    assert again.counters.idle_slot_steps == 0, "a trial that comes from elsewhere was not waited for"
     curve, after = drive(again)
     assert curve == expected[1:]
     assert torch.equal(after["weights"], before["weights"])
@@ -174,7 +176,7 @@ def test_a_trial_that_does_not_fit_alone_fails_as_oom_and_alone(spec, data, tria
     real = engine._losses
 
     def small_device(packed: Any) -> Any:
-        if any(part.adapter.weights[0][0].shape[0] == 64 for part in packed.parts):
+        if any(part.adapter.r == 64 for part in packed.parts):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(packed)
 
@@ -205,11 +207,25 @@ def test_no_memory_for_an_optimizer_fails_its_trial_and_steps_no_other_twice(
 def test_a_probe_of_the_cost_alone_leaves_no_trace(spec, data, trial, alone) -> None:
     expected, _ = alone()
     engine = Engine(spec, data, capacity=1)
-    assert probe.seconds_alone(engine, trial().training) > 0
+    tokens, seconds = probe.alone(engine, trial().training)
+    assert tokens > 0
+    assert seconds > 0
     assert probe.memory(engine, trial().training).needed(1) > 0
     assert (engine.counters.adapter_steps, engine.counters.tokens, engine.dequantisations) == (0, 0, 0)
     engine.admit(trial())
     assert drive(engine)[0] == expected
+
+
+def test_passes_with_one_trial_tell_what_it_costs_alone(spec, data, trial) -> None:
+    engine = Engine(spec, data, capacity=2)
+    engine.admit(trial("first"))
+    engine.advance()
+    alone = (engine.counters.alone_tokens, engine.counters.alone_s)
+    assert alone == (engine.counters.tokens, engine.counters.training_s)
+    engine.admit(trial("second"))
+    engine.advance()
+    assert (engine.counters.alone_tokens, engine.counters.alone_s) == alone
+    assert engine.counters.tokens > 2 * alone[0]
 
 
 def test_one_dequantisation_serves_all_trials(spec, data, trial) -> None:

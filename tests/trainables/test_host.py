@@ -88,6 +88,10 @@ def alone(config: TrialConfig, workdir: Path) -> list[tuple[int, float]]:
     return curve(reports)
 
 
+def accounts(engines: list[Any]) -> list[dict[str, Any]]:
+    return ray.get([engine.account.remote() for engine in engines])  # type: ignore[return-value]
+
+
 def wait_for(reports: list[Report], count: int) -> None:
     deadline = time.monotonic() + 120
     while len(reports) < count:
@@ -102,10 +106,10 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     for config, (future, reports) in zip(configs, running, strict=True):
         future.result(timeout=120)
         assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
-    accounts = ray.get([engine.account.remote() for engine in both])
-    assert sorted(stay["trial_id"] for account in accounts for stay in account["stays"]) == ["a", "b", "c"]
-    assert all(account["counters"]["base_loads"] == 1 for account in accounts)
-    assert all(account["alone_s_per_token"] > 0 for account in accounts)
+    found = accounts(both)
+    assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
+    assert all(account["counters"]["base_loads"] == 1 for account in found)
+    assert all(account["counters"]["alone_s"] > 0 for account in found)
 
 
 def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
@@ -123,6 +127,23 @@ def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submi
         ("first", 0, "evicted"),
         ("second", 0, "ended"),
     ]
+
+
+def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, engines, submit, tmp_path: Path) -> None:
+    both = engines(2, capacity=2)
+    configs = [trial("a", num_train_epochs=20), trial("b", num_train_epochs=50), trial("c", num_train_epochs=20, r=8)]
+    running = []
+    for config in configs:  # to engines 0, 1 and 0
+        running.append(submit(both, config))
+        wait_for(running[-1][1], 1)
+    both[1].evict.remote("b")
+    for config, (future, reports) in zip(configs, running, strict=True):
+        future.result(timeout=240)
+        if config.trial_id != "b":
+            assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
+    first, second = ([stay["ending"] for stay in account["stays"]] for account in accounts(both))
+    assert sorted(first) == ["ended", "moved"]
+    assert sorted(second) == ["ended", "evicted"]
 
 
 def test_an_engine_holds_as_many_as_its_memory_does(trial) -> None:

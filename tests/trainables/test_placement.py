@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainables.placement import Bucket, Occupancy, bucket, preferred
+from trainables.placement import Bucket, Occupancy, better, bucket, preferred
 from trainables.spec import TrainingSpec
 
 OWN = Bucket(length=8, rank=16)
@@ -25,3 +25,16 @@ def test_free_slots_come_before_likeness() -> None:
 
 def test_like_lengths_come_before_like_ranks() -> None:
     assert preferred(OWN, [Occupancy(1, [LONGER]), Occupancy(1, [WIDER]), Occupancy(1, [LIKE])]) == [2, 1, 0]
+
+
+def test_a_trial_moves_to_where_it_shares_with_fewer() -> None:
+    three = Occupancy(1, [LIKE, LIKE, LIKE])
+    assert better(OWN, 0, [three, Occupancy(3, [LIKE])]) == 1
+    assert better(OWN, 0, [three, Occupancy(3, [LIKE]), Occupancy(4, [])]) == 2
+
+
+def test_a_trial_stays_where_no_move_would_gain() -> None:
+    two = Occupancy(2, [LIKE, LIKE])
+    assert better(OWN, 0, [two, Occupancy(3, [LIKE])]) is None, "the two would only change places"
+    assert better(OWN, 0, [Occupancy(2, [LIKE]), Occupancy(4, [])]) is None, "it is alone"
+    assert better(OWN, 0, [two, Occupancy(0, [])]) is None, "that engine is starting again"
