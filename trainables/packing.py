@@ -1,4 +1,4 @@
-"""How the examples of several trials lie in one forward pass: end to end, no padding, each trial's tokens together.
+"""How examples of several trials lie in one forward pass: end to end, each trial's together, padded in attention only.
 
 Whatever mixes tokens or features works on one trial's tokens at a time, in shapes that its own examples give. That is
 why a trial computes the same bits whoever its neighbours are.
@@ -6,7 +6,7 @@ why a trial computes the same bits whoever its neighbours are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -254,6 +254,10 @@ class Group:
             self._input = None
         return found
 
+    def weights(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Of each layer, [d_out, d_in]; one after the other, so that a GPU need not hold them all dequantised."""
+        return (layer.weight(dtype) for layer in self.layers)
+
 
 class _AdaptedLinears(torch.autograd.Function):
     """y = x W' + b + scale * drop(x) A' B' in each layer of a group, trial by trial.
@@ -270,13 +274,14 @@ class _AdaptedLinears(torch.autograd.Function):
         pack: Pack,
     ) -> tuple[torch.Tensor, ...]:
         flat, inner = x[0], []
-        across = [layer.weight(x.dtype).t() for layer in group.layers]
-        outputs = [flat.new_empty(len(flat), weight.shape[1]) for weight in across]
+        outputs = [flat.new_empty(len(flat), layer.layer.out_features) for layer in group.layers]
         if group.at_once:
-            _multiply(flat, across, outputs)
+            _multiply(flat, group.weights(x.dtype), outputs)
+        else:
+            weights = list(group.weights(x.dtype))
         for part, own, *out in zip(pack.parts, *_shares(pack, flat, *outputs), strict=True):
             if not group.at_once:
-                _multiply(own, across, out)
+                _multiply(own, weights, out)
             if group.place is not None:
                 inner.append(_adapt(part, group, own, out))
         for layer, y in zip(group.layers, outputs, strict=True):
@@ -293,9 +298,11 @@ class _AdaptedLinears(torch.autograd.Function):
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         onward: Sequence[torch.Tensor | None] = [None] * len(pack.parts)
         if dx is not None:
-            weights, (onward,) = [layer.weight(x.dtype) for layer in group.layers], _shares(pack, dx)
+            (onward,) = _shares(pack, dx)
             if group.at_once:
-                _sum_products(dys, weights, dx)
+                _sum_products(dys, group.weights(x.dtype), dx)
+            else:
+                weights = list(group.weights(x.dtype))
         for k, (part, own_dx, own_x, *own_dys) in enumerate(
             zip(pack.parts, onward, *_shares(pack, flat, *dys), strict=True)
         ):
@@ -306,15 +313,19 @@ class _AdaptedLinears(torch.autograd.Function):
         return dx.unsqueeze(0) if dx is not None else None, None, None, None
 
 
-def _multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+def _multiply(x: torch.Tensor, weights: Iterable[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    """``y = x W'`` of each layer."""
     for weight, y in zip(weights, outputs, strict=True):
-        torch.mm(x, weight, out=y)
+        torch.mm(x, weight.t(), out=y)
 
 
-def _sum_products(dys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], dx: torch.Tensor) -> None:
-    torch.mm(dys[0], weights[0], out=dx)
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
+def _sum_products(dys: Sequence[torch.Tensor], weights: Iterable[torch.Tensor], dx: torch.Tensor) -> None:
+    """``dx = dy W``, summed over the layers."""
+    for k, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+        if k:
+            dx.addmm_(dy, weight)
+        else:
+            torch.mm(dy, weight, out=dx)
 
 
 def _shares(pack: Pack, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -196,9 +196,10 @@ class Slot:
         with torch.no_grad():
             self.vector.copy_(tensors.pop("vector"))
         state = {name.removeprefix("optimizer."): value for name, value in tensors.items()}
-        whole = int if self.training.optim != "adamw_torch" else torch.Tensor.clone  # bitsandbytes counts in Python
+        counts = self.training.optim != "adamw_torch"  # bitsandbytes does so in Python
         self.optimizer.state[self.vector] = {
-            name: value.to(self.vector.device) if value.dim() else whole(value) for name, value in state.items()
+            name: int(value) if counts and not value.dim() else value.to(self.vector.device)
+            for name, value in state.items()
         }
         self.progress = Progress(**json.loads((directory / _STATE).read_text(encoding="utf-8")))
         for mine, (a, b) in zip(

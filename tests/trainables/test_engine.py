@@ -131,15 +131,17 @@ def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp
         {"learning_rate": 2e-3, "weight_decay": 0.1, "max_grad_norm": 0.3, "lr_scheduler_type": "linear"},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2},
         {"gradient_checkpointing": True},
+        {"target_modules": "attention-qv"},
     ],
-    ids=["plain", "schedule", "accumulation", "checkpointing"],
+    ids=["plain", "schedule", "accumulation", "checkpointing", "modules"],
 )
 def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial, tmp_path: Path) -> None:
     config = trial(num_train_epochs=2, **options)
     reports: list[Report] = []
     solo.run_trial(config, tmp_path, None, lambda report, _: reports.append(report))
-    engine = Engine(spec, data, capacity=2, gradient_checkpointing="gradient_checkpointing" in options)
-    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=2))
+    modules = config.training.target_modules
+    engine = Engine(spec, data, modules, capacity=2, gradient_checkpointing="gradient_checkpointing" in options)
+    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=2, target_modules=modules))
     engine.admit(config)
     curve, _ = drive(engine)
     assert len(curve) == len(reports) == 4

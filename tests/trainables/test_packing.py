@@ -12,7 +12,7 @@ import torch
 from trainables import base, snapshot
 from trainables.contract import TrialConfig
 from trainables.engine import Engine
-from trainables.packing import pack
+from trainables.packing import Example, pack
 from trainables.slots import Slot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
@@ -74,6 +74,32 @@ def test_examples_of_unequal_length_are_what_stock_transformers_computes_one_by_
     assert found == [pytest.approx(wanted, rel=1e-5)] * 2
 
 
+def test_an_examples_last_token_predicts_nothing_of_the_next_one(engine: Engine, admit: Admit) -> None:
+    """Also where every token is learned, the first ones too, as in plain text."""
+    lengths = {"a": (5, 3), "b": (2, 7, 4)}
+    rows = {name: [Example(ids, ids) for ids in map(_some_ids, own)] for name, own in lengths.items()}
+    packed = pack([(admit(name).adapter(None), own) for name, own in rows.items()], engine.device)
+    assert packed.learned == [4 + 2, 1 + 6 + 3]
+    for part, own in zip(packed.parts, rows.values(), strict=True):
+        assert torch.equal(part.next_ids, torch.cat([row.input_ids[1:] for row in own]))
+    following = packed.input_ids[packed.predicting + 1]
+    assert torch.equal(following, torch.cat([part.next_ids for part in packed.parts]))
+
+
+def test_a_neighbour_that_is_no_number_reaches_nobody(engine: Engine, admit: Admit) -> None:
+    broken, watched = admit("broken"), admit("watched", per_device_train_batch_size=3)
+    expected = engine.learn([watched])["watched"]
+    gradient = watched.vector.grad.clone()
+    with torch.no_grad():
+        broken.vector.fill_(torch.nan)
+    assert engine.learn([broken, watched])["watched"] == expected
+    assert torch.equal(watched.vector.grad, gradient)
+
+
+def _some_ids(length: int) -> torch.Tensor:
+    return torch.randint(1, 100, (length,), generator=torch.Generator().manual_seed(length))
+
+
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"r": 12}], ids=str)
 @pytest.mark.parametrize("matrix", [0, 1], ids=["A", "B"])
 def test_gradients_are_the_slope_of_the_loss(
@@ -84,7 +110,7 @@ def test_gradients_are_the_slope_of_the_loss(
     admit("neighbour", r=16, seed=5, lora_dropout=0.1)
     learned = engine.learn(engine.slots)["watched"][1]
     start, step = slot.vector.clone(), 1e-3
-    for layer in (0, 5, len(slot.pairs) - 1):
+    for layer in (0, 1, 5, len(slot.pairs) - 1):  # of two groups, and a layer alone
         gradient = slot.gradients[layer][matrix] * learned
         direction = gradient / gradient.norm()
         ends = []
