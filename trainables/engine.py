@@ -321,9 +321,8 @@ class Engine:
         places = {layer.name: place for place, layer in enumerate(self.layers)}
         packed = []
         for members in lora.groups(lora.targets(self.model, "all-linear")):
-            group = Group(self.current, at_once=self.device.type == "cuda")
-            group.place = groups.get(members[0].group)
-            group.adapted = [(k, places[layer.name]) for k, layer in enumerate(members) if layer.name in places]
+            adapted = [(k, places[layer.name]) for k, layer in enumerate(members) if layer.name in places]
+            group = Group(self.current, self.device.type == "cuda", groups.get(members[0].group), adapted)
             packed += [self._replace(layer.name, group) for layer in members]
         return packed
 

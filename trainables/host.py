@@ -259,7 +259,8 @@ def run_trial(
         TrialFailure: as the engine reported it.
         RayActorError: every engine is gone for good.
     """
-    relay, place = _Relay(engines, config, workdir, resume_from, report), None
+    checkpoint = files.read_tree(resume_from) if resume_from else None
+    relay, place = _Relay(engines, config, workdir, report, checkpoint), None
     while not relay.ended:
         here = _reserve(engines, config) if place is None else place
         try:
@@ -271,20 +272,16 @@ def run_trial(
             engines[here].evict.remote(config.trial_id)
 
 
+@dataclass
 class _Relay:
     """A trial's process: what it hands to the engines and what it takes from them."""
 
-    def __init__(
-        self,
-        engines: Sequence[ray.actor.ActorHandle],
-        config: TrialConfig,
-        workdir: Path,
-        resume_from: Path | None,
-        report: ReportFunction,
-    ) -> None:
-        self.engines, self.config, self.workdir, self.report = engines, config, workdir, report
-        self.ended = False
-        self.checkpoint = files.read_tree(resume_from) if resume_from else None
+    engines: Sequence[ray.actor.ActorHandle]
+    config: TrialConfig
+    workdir: Path
+    report: ReportFunction
+    checkpoint: dict[str, bytes] | None
+    ended: bool = False
 
     def follow(self, here: int) -> int | None:
         """Train in one engine, to the end or until another one has become better: that one, with a slot reserved."""

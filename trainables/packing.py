@@ -231,15 +231,13 @@ class Group:
     Args:
         at_once: multiply a frozen weight with all trials' tokens in one call: fewer launches on a GPU, but then the
             last bits of a trial may depend on how many tokens its neighbours have.
+        place: of its weights in an adapter; None where adapters leave all of its layers alone.
+        adapted: of each layer that adapters have, which of ``layers`` it is, and its place among all that they have.
     """
 
-    def __init__(self, current: Current, at_once: bool) -> None:
-        self.current, self.at_once = current, at_once
+    def __init__(self, current: Current, at_once: bool, place: int | None, adapted: list[tuple[int, int]]) -> None:
+        self.current, self.at_once, self.place, self.adapted = current, at_once, place, adapted
         self.layers: list[PackedLinear] = []
-        self.place: int | None = None
-        """Of its weights in an adapter; None where adapters leave all of its layers alone."""
-        self.adapted: list[tuple[int, int]] = []
-        """Of each layer that adapters have: which of ``layers`` it is, and its place among all that they have."""
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 

@@ -109,9 +109,9 @@ def test_gradients_are_the_slope_of_the_loss(
     slot = admit("watched", lora_alpha=48.0, **options)  # an adapter that outweighs the base shows what it does wrong
     admit("neighbour", r=16, seed=5, lora_dropout=0.1)
     learned = engine.learn(engine.slots)["watched"][1]
-    start, step = slot.vector.clone(), 1e-3
+    start, step, gradients = slot.vector.clone(), 1e-3, list(slot.weights(slot.vector.grad).values())
     for layer in (0, 1, 5, len(slot.pairs) - 1):  # of two groups, and a layer alone
-        gradient = slot.gradients[layer][matrix] * learned
+        gradient = gradients[layer][matrix] * learned
         direction = gradient / gradient.norm()
         ends = []
         for sign in (1, -1):
@@ -152,7 +152,7 @@ def test_one_product_for_all_trials_is_the_same_but_for_rounding(home: Path) -> 
     for at_once in (False, True):
         engine = _engine(home)
         for layer in engine.packed:
-            layer.at_once = at_once
+            layer.group.at_once = at_once
         slots = [_admit(engine, str(seed), r=4 * 2**seed, seed=seed) for seed in range(3)]
         engine.learn(slots)
         gradients.append([slot.vector.grad.clone() for slot in slots])
