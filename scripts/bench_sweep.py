@@ -67,8 +67,9 @@ def _round(file: Path) -> dict[str, Any]:
     """Each side once."""
     plain_s, plain = _timed([sys.executable, "scripts/plain_sweep.py", str(file)])
     packed_s, packed = _timed([sys.executable, "-m", "sweeps", "run", str(file), "--json"])
-    print(f"  packed {packed_s:.0f} s, plain {plain_s:.0f} s", file=sys.stderr, flush=True)
-    return _compared(packed_s, packed, plain_s, plain)
+    compared = _compared(packed_s, packed, plain_s, plain)
+    print(f"  this round: {json.dumps(compared)}", file=sys.stderr, flush=True)  # all that is left of a bench cut short
+    return compared
 
 
 def _timed(command: list[str]) -> tuple[float, dict[str, Any]]:

@@ -128,7 +128,8 @@ def _inputs(file: Path) -> tuple[dict[str, Any], dict[str, list[Any]], str]:
     """The definition as plain data, both splits as chats, and the base's directory."""
     from cluster import paths
     from sweeps import loading
-    from trainables import base, snapshot
+    from trainables import base
+    from trainables.data import snapshot
 
     definition = loading.load(file)
     data = snapshot.prepare(definition.data, base.load_tokenizer(definition.base_model))

@@ -17,7 +17,7 @@ from sweeps import loading
 if TYPE_CHECKING:
     from sweeps.definition import SweepDefinition
     from trainables.capacity import MemoryModel
-    from trainables.snapshot import Snapshot
+    from trainables.data.snapshot import Snapshot
 
 
 def validate(arguments: argparse.Namespace) -> int:
@@ -40,7 +40,8 @@ def plan(arguments: argparse.Namespace) -> int:
     definition = loading.load(arguments.definition)
     loading.check_inputs(definition)
     from sweeps import plan as plans
-    from trainables import base, snapshot
+    from trainables import base
+    from trainables.data import snapshot
 
     tokenizer = base.load_tokenizer(definition.base_model)
     data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)

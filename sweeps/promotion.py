@@ -14,7 +14,7 @@ from serving.registry import ModelVersion
 from sweeps import gate
 from sweeps.definition import SweepDefinition
 from sweeps.gate import Gate
-from trainables.snapshot import Snapshot
+from trainables.data.snapshot import Snapshot
 
 Log = Callable[[str], None]
 _PACKAGES = ("ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "optuna")

@@ -18,7 +18,7 @@ from sweeps.definition import SweepDefinition
 from sweeps.results import Outcome
 
 if TYPE_CHECKING:
-    from trainables.snapshot import Snapshot
+    from trainables.data.snapshot import Snapshot
 
 Log = Callable[[str], None]
 
@@ -36,7 +36,8 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
         ValueError: the user's input is wrong; no run was made.
         RuntimeError: Winnow or the cluster failed; the run's status is ``failed``.
     """
-    from trainables import base, snapshot
+    from trainables import base
+    from trainables.data import snapshot
 
     tokenizer = base.load_tokenizer(definition.base_model)
     data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, log)
@@ -200,7 +201,7 @@ def promote_trial(run_id: str, trial_id: str | None, log: Log = say) -> dict[str
         ValueError: no such run or trial, or the trial left no adapter.
     """
     from sweeps.search import study
-    from trainables import snapshot
+    from trainables.data import snapshot
 
     definition, before = stored_definition(run_id), results.read(run_id)
     trials = {trial.trial_id: trial for trial in study.records(study.open_study(run_id, definition.search))}

@@ -17,9 +17,9 @@ import torch
 
 from trainables import base, lora
 from trainables.contract import Reason, Report, TrialConfig
+from trainables.data.snapshot import Snapshot
 from trainables.packing import ATTENTION, Current, Example, Group, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
-from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec
 
 

@@ -84,7 +84,8 @@ class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
     def __init__(self, config: EngineConfig) -> None:
-        from trainables import probe, snapshot
+        from trainables import probe
+        from trainables.data import snapshot
         from trainables.engine import Engine
 
         training = config.training

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trainables import base, scoring, snapshot
+from trainables import base, scoring
+from trainables.data import snapshot
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
 MERGED_INTO = "16-bit base"

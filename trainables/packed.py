@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from trainables import snapshot
 from trainables.contract import ReportFunction, TrialConfig, TrialFailure
+from trainables.data import snapshot
 from trainables.engine import Engine, Failed
 
 

@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from cluster import session
 from trainables.capacity import MemoryModel
 from trainables.contract import TrialConfig
+from trainables.data.snapshot import Snapshot
 from trainables.engine import Counters, Engine
 from trainables.order import epoch_order
 from trainables.packing import Example, HeadLoss
 from trainables.slots import Slot
-from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec, TrainingSpec
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else tells when it starts and stops

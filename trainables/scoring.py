@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
-from trainables import base, snapshot
-from trainables.chat import prompt_ids
+from trainables import base
+from trainables.data import snapshot
+from trainables.data.chat import prompt_ids
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
 

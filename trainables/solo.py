@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from cluster import files
-from trainables import base, lora, snapshot
+from trainables import base, lora
 from trainables.contract import (
     ADAPTER,
     REPORT,
@@ -35,6 +35,7 @@ from trainables.contract import (
     shared_step,
     steps_per_epoch,
 )
+from trainables.data import snapshot
 from trainables.order import epoch_order
 from trainables.spec import TrainingSpec
 

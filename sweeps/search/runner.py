@@ -26,7 +26,7 @@ from sweeps.search.tracking import TrialTracking
 from sweeps.search.trainable import train_trial
 from trainables import host
 from trainables.contract import ADAPTER, REPORT, is_whole, steps_per_epoch
-from trainables.snapshot import Snapshot
+from trainables.data.snapshot import Snapshot
 
 # Tune's own checks and prints stand down: WatchedASHA judges reports, LiveTable speaks to people.
 _ENVIRONMENT = {

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from trainables import base, packed, scoring, snapshot, solo
+from trainables import base, packed, scoring, solo
 from trainables.contract import ADAPTER, Report, TrialConfig, TrialFailure, is_whole
+from trainables.data import snapshot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
 BACKENDS: dict[str, Callable] = {"solo": solo.run_trial, "packed": packed.run_trial}

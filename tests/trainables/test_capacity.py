@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainables import base, probe, snapshot
+from trainables import base, probe
 from trainables.capacity import MemoryModel
+from trainables.data import snapshot
+from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine
-from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
 MODEL = MemoryModel(

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainables import base, probe, snapshot, solo
+from trainables import base, probe, solo
 from trainables.contract import Report, TrialConfig
+from trainables.data import snapshot
+from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine, Evaluated, Failed
-from trainables.snapshot import Snapshot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
 Curve = list[tuple[int, float]]

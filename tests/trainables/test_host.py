@@ -14,9 +14,10 @@ import ray
 import torch
 
 from cluster import session
-from trainables import base, host, packed, snapshot
+from trainables import base, host, packed
 from trainables.capacity import MemoryModel
 from trainables.contract import Report, TrialConfig, TrialFailure
+from trainables.data import snapshot
 from trainables.host import EngineConfig
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainables import base, snapshot
+from trainables import base
 from trainables.contract import TrialConfig
+from trainables.data import snapshot
 from trainables.engine import Engine
 from trainables.packing import Example, pack
 from trainables.slots import Slot

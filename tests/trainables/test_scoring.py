@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainables import base, merge, scoring, snapshot, solo
+from trainables import base, merge, scoring, solo
 from trainables.contract import TrialConfig
+from trainables.data import snapshot
 from trainables.scoring import Answer
 from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
 

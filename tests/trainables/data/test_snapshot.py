@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from trainables import base, snapshot
-from trainables.duplicates import find_duplicates
+from trainables import base
+from trainables.data import snapshot
+from trainables.data.duplicates import find_duplicates
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec
 
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import files, paths
-from trainables import chat
-from trainables.duplicates import Duplicate, find_duplicates
-from trainables.formats import Example, read_examples
+from trainables.data import chat
+from trainables.data.duplicates import Duplicate, find_duplicates
+from trainables.data.formats import Example, read_examples
 from trainables.spec import DataSpec
 
 FORMAT = 1  # in the hash: a change of what a snapshot holds is a new snapshot

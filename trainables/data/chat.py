@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainables.formats import Messages
+from trainables.data.formats import Messages
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainables.formats import read_examples
+from trainables.data.formats import read_examples
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

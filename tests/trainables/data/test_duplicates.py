@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from trainables.duplicates import find_duplicates, shingles
+from trainables.data.duplicates import find_duplicates, shingles
 
 TICKET = "Hello, my Aurora Router loses the connection every hour. This is urgent. Thanks, Ada. Order {}."
 
