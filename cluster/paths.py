@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?")
+DATA_SUFFIXES = (".jsonl", ".parquet")
 NAME_RULE = "letters, digits, '-' and '_' only, first and last a letter or digit, at most 63 characters"
 
 
@@ -34,8 +35,19 @@ def expand(path: str) -> Path:
     return Path(path.replace("${WINNOW_HOME}", str(home()))).expanduser().absolute()
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a definition's name of a model or of data can only be a hub's: ``org/name``, and nothing here has it."""
+    plain = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(DATA_SUFFIXES)
+    return bool(plain) and not expand(name).exists()
+
+
 def datasets() -> Path:
     return home() / "datasets"
+
+
+def data_page(dataset_hash: str) -> Path:
+    """The data for people. It stands beside the snapshot, for there is one too where the data is refused."""
+    return datasets() / f"{dataset_hash}.html"
 
 
 def runs() -> Path:

@@ -129,10 +129,10 @@ def _inputs(file: Path) -> tuple[dict[str, Any], dict[str, list[Any]], str]:
     from cluster import paths
     from sweeps import loading
     from trainables import base
-    from trainables.data import snapshot
+    from trainables.data import prepare
 
     definition = loading.load(file)
-    data = snapshot.prepare(definition.data, base.load_tokenizer(definition.base_model))
+    data = prepare.prepare(definition.data, base.load_tokenizer(definition.base_model))
     splits = {split: [{"messages": row["messages"]} for row in data.rows(split)] for split in ("train", "eval")}
     directory = str(paths.expand(definition.base_model.model_name_or_path))
     return definition.model_dump(mode="json", exclude_none=True), splits, directory

@@ -41,10 +41,10 @@ def plan(arguments: argparse.Namespace) -> int:
     loading.check_inputs(definition)
     from sweeps import plan as plans
     from trainables import base
-    from trainables.data import snapshot
+    from trainables.data import prepare, snapshot
 
     tokenizer = base.load_tokenizer(definition.base_model)
-    data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)
+    data = prepare.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)
     say(snapshot.summary_line(data))
     tokens = data.manifest["splits"]["train"]["trained_tokens"]
     planned = plans.plan(definition, data.count("train"), tokens, *_probed(definition, data))

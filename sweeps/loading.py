@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,8 @@ def parse(content: Any, where: str) -> SweepDefinition:
         definition = SweepDefinition.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise ValueError(f"{where}: {settings.one_line(error)}") from None
-    _check_revision(definition, where)
+    _check_revisions(definition, where)
     return _with_absolute_base(definition)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a base is named by hub id rather than by a local directory."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not paths.expand(name).exists()
 
 
 def check_inputs(definition: SweepDefinition) -> None:
@@ -47,32 +41,42 @@ def check_inputs(definition: SweepDefinition) -> None:
         ValueError: one is not; the line says which and how to mend it.
     """
     name = definition.base_model.model_name_or_path
-    if not is_hub_id(name) and not (paths.expand(name) / "config.json").is_file():
+    if not paths.is_hub_id(name) and not (paths.expand(name) / "config.json").is_file():
         raise ValueError(
             f"base_model.model_name_or_path: must be a directory with a config.json, or a hub id 'org/name', "
             f"but got {name!r}; the tiny base is made by scripts/make_tiny_base.py"
         )
-    files = {f"data.sources.{index}.path": source.path for index, source in enumerate(definition.data.sources)}
+    for index, source in enumerate(definition.data.sources):
+        if not paths.is_hub_id(source.path):
+            _check_data(f"data.sources.{index}.path", source.path)
     if definition.data.general:
-        files["data.general"] = definition.data.general
-    for place, file in files.items():
-        if not paths.expand(file).is_file():
-            raise ValueError(f"{place}: no such file: {file!r}; name a JSONL file of chat or alpaca rows")
+        _check_data("data.general", definition.data.general)
+
+
+def _check_data(place: str, name: str) -> None:
+    if not paths.expand(name).exists():
+        raise ValueError(f"{place}: no such file: {name!r}; name a JSONL or Parquet file or a directory of them")
 
 
 def _with_absolute_base(definition: SweepDefinition) -> SweepDefinition:
     """A local base by its absolute path: workers have other working directories."""
     base = definition.base_model
-    if is_hub_id(base.model_name_or_path):
+    if paths.is_hub_id(base.model_name_or_path):
         return definition
     absolute = base.model_copy(update={"model_name_or_path": str(paths.expand(base.model_name_or_path))})
     return definition.model_copy(update={"base_model": absolute})
 
 
-def _check_revision(definition: SweepDefinition, where: str) -> None:
+def _check_revisions(definition: SweepDefinition, where: str) -> None:
     base = definition.base_model
-    if is_hub_id(base.model_name_or_path) and base.revision is None:
-        raise ValueError(
-            f"{where}: base_model.revision: required for the hub id {base.model_name_or_path!r}, so that the base "
-            f"cannot change; name a commit or a tag, or a local directory in model_name_or_path"
-        )
+    named = {"base_model": (base.model_name_or_path, base.revision, "model_name_or_path")}
+    named |= {
+        f"data.sources.{index}": (source.path, source.revision, "path")
+        for index, source in enumerate(definition.data.sources)
+    }
+    for place, (name, revision, field) in named.items():
+        if paths.is_hub_id(name) and revision is None:
+            raise ValueError(
+                f"{where}: {place}.revision: required for the hub id {name!r}, so that what it names cannot change; "
+                f"name a commit or a tag, or something on disk in {field}"
+            )

@@ -37,10 +37,10 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
         RuntimeError: Winnow or the cluster failed; the run's status is ``failed``.
     """
     from trainables import base
-    from trainables.data import snapshot
+    from trainables.data import prepare, snapshot
 
     tokenizer = base.load_tokenizer(definition.base_model)
-    data = snapshot.prepare(definition.data, tokenizer, definition.training.completion_only_loss, log)
+    data = prepare.prepare(definition.data, tokenizer, definition.training.completion_only_loss, log)
     log(snapshot.summary_line(data))
     tracking_environment(definition)
     with session.connected():

@@ -48,6 +48,7 @@ def definition() -> Callable[..., dict[str, Any]]:
 
     def make(**sections: Any) -> dict[str, Any]:
         content = settings.read_yaml(ROOT / "sweeps/definitions/smoke.yaml")
+        content["data"]["min_examples"] = 50  # the tests' world is smaller than any user's
         for name, value in sections.items():
             content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
         return content

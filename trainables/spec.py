@@ -5,9 +5,9 @@ Fields keep the names of the library that they configure: transformers', peft's,
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SamplingStrategy = Literal["random", "group_by_length"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -46,30 +46,101 @@ class BaseModelSpec(Spec):
 
 
 class SourceSpec(Spec):
-    """One file of examples."""
+    """One part of the data: a file, a directory of files, or a dataset on a hub."""
 
-    path: str = Field(description="JSONL, chat or alpaca, detected per file. '${WINNOW_HOME}' is replaced.")
+    path: str = Field(
+        description="A JSONL or Parquet file, a directory of them, or a hub dataset's id such as 'org/name'. Rows are "
+        "chat, alpaca, prompt/completion or plain text, detected per file. '${WINNOW_HOME}' is replaced."
+    )
+    name: str | None = Field(None, description="Of a hub dataset: its configuration, as datasets names it.")
+    revision: str | None = Field(None, description="Of a hub dataset: branch, tag or commit; required.")
+    split: str = Field("train", description="Of a hub dataset: which of its splits is read.")
     splits: Literal["all", "train", "train_eval"] = Field(
         "all",
-        description="'train' keeps the file out of the eval and test splits, 'train_eval' out of test alone: as for "
+        description="'train' keeps the source out of the eval and test splits, 'train_eval' out of test alone: as for "
         "general examples mixed in, with a share in eval so that the search sees what a trial forgets.",
+    )
+    tag: Annotated[str, Field(min_length=1)] = Field(
+        "domain", description="What kind of data it is, as 'general' or 'synthetic'; limits in 'shares' go by it."
+    )
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Weighted sources stand to one another as their weights, in the largest mixture that repeats no "
+        "example. A source without one keeps all its examples.",
+    )
+    max_examples: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="At most so many, drawn by data.seed, before weights count."
+    )
+
+
+class ShareSpec(Spec):
+    """Limits on a tag's share of the training split, by examples."""
+
+    min: Fraction = 0
+    max: Fraction = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ShareSpec:
+        if self.min > self.max:
+            raise ValueError(f"min must be at most max, but got min={self.min:g} and max={self.max:g}")
+        return self
+
+
+Entity = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS", "NATIONAL_ID", "API_KEY"]
+Region = Literal["AU", "CA", "DE", "ES", "FI", "FR", "GB", "IN", "IT", "KR", "PL", "SE", "SG", "TH", "TR", "US"]
+
+
+class PersonalDataSpec(Spec):
+    """What is done about personal data and secrets in the examples."""
+
+    action: Literal["off", "report", "redact", "reject"] = Field(
+        "report",
+        description="report counts; redact puts placeholders such as <EMAIL_ADDRESS_1>, in one example the same for "
+        "the same value; reject leaves the example out.",
+    )
+    entities: tuple[Entity, ...] = Field(get_args(Entity), min_length=1)
+    regions: tuple[Region, ...] = Field(
+        ("US", "GB", "DE", "FR", "ES", "IT"),
+        description="Countries whose national ids, and whose phone numbers without a country code, are looked for.",
     )
 
 
 class DataSpec(Spec):
-    """Where examples come from and how they are split."""
+    """Where examples come from, what they have to be, and how they are mixed and split."""
 
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
     general: str | None = Field(
-        None, description="JSONL of held-out general instructions: what fine-tuning must not make worse."
+        None,
+        description="Held-out general instructions, a file or a directory: what fine-tuning must not make worse.",
+    )
+    task_prefixes: dict[str, str] = Field(
+        {}, description="What stands before the prompt of rows with that 'task'. Default: '[TASK] ' for every task."
+    )
+    wrong_rows: Literal["error", "drop"] = Field(
+        "error", description="Rows that break their format's rules stop the run, or are left out and counted."
+    )
+    personal_data: PersonalDataSpec = PersonalDataSpec()
+    shares: dict[str, ShareSpec] = Field({}, description="By tag, as {general: {min: 0.05}, synthetic: {max: 0.3}}.")
+    min_examples: Annotated[int, Field(ge=3)] = Field(
+        200, description="Fewer distinct examples than this stop the run; fewer than 500 are a warning."
     )
     eval_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     test_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     seed: int = 0
-    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens; longer examples are cut and reported.")
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        1024, description="Tokens; longer examples are cut and reported, plain text goes on in the next row."
+    )
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.85, description="Jaccard similarity of 5-character shingles from which two examples count as one."
     )
+
+    @model_validator(mode="after")
+    def _limits_name_tags(self) -> DataSpec:
+        tags = {source.tag for source in self.sources}
+        for tag in self.shares:
+            if tag not in tags:
+                raise ValueError(f"shares.{tag}: must be a tag of a source, one of {', '.join(sorted(tags))}")
+        return self
 
 
 class TrainingSpec(Spec):

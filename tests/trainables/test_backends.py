@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from trainables import base, packed, scoring, solo
 from trainables.contract import ADAPTER, Report, TrialConfig, TrialFailure, is_whole
-from trainables.data import snapshot
+from trainables.data import prepare, snapshot
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
 BACKENDS: dict[str, Callable] = {"solo": solo.run_trial, "packed": packed.run_trial}
@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> Callable:
 def trial(home: Path) -> Callable[..., TrialConfig]:
     spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = snapshot.prepare(DataSpec(sources=(tickets,), max_length=128), base.load_tokenizer(spec))
+    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
 
     def make(**training) -> TrialConfig:
         values = {"r": 4, "learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16}

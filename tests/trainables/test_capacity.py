@@ -9,7 +9,7 @@ import torch
 
 from trainables import base, probe
 from trainables.capacity import MemoryModel
-from trainables.data import snapshot
+from trainables.data import prepare
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
@@ -46,7 +46,7 @@ def test_slots_are_those_that_fit_whole(limit: int, slots: int) -> None:
 def data(home: Path) -> Snapshot:
     spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    return snapshot.prepare(DataSpec(sources=(tickets,), max_length=128), base.load_tokenizer(spec))
+    return prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
 
 
 def _probed(home: Path, data: Snapshot, **training: object) -> MemoryModel:

@@ -12,7 +12,7 @@ import torch
 
 from trainables import base, probe, solo
 from trainables.contract import Report, TrialConfig
-from trainables.data import snapshot
+from trainables.data import prepare
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine, Evaluated, Failed
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
@@ -29,7 +29,9 @@ def spec(home: Path) -> BaseModelSpec:
 def data(home: Path, spec: BaseModelSpec) -> Snapshot:
     tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
     general = SourceSpec(path=str(home / "sources" / "tickets" / "general-train.jsonl"), splits="train")
-    return snapshot.prepare(DataSpec(sources=(tickets, general), max_length=128), base.load_tokenizer(spec))
+    return prepare.prepare(
+        DataSpec(sources=(tickets, general), max_length=128, min_examples=50), base.load_tokenizer(spec)
+    )
 
 
 @pytest.fixture

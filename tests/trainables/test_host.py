@@ -17,7 +17,7 @@ from cluster import session
 from trainables import base, host, packed
 from trainables.capacity import MemoryModel
 from trainables.contract import Report, TrialConfig, TrialFailure
-from trainables.data import snapshot
+from trainables.data import prepare
 from trainables.host import EngineConfig
 from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
 
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
 def trial(home: Path) -> Callable[..., TrialConfig]:
     spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = snapshot.prepare(DataSpec(sources=(tickets,), max_length=128), base.load_tokenizer(spec))
+    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
 
     def make(name: str, **training: Any) -> TrialConfig:
         values = {"r": 4, "learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}

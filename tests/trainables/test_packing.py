@@ -11,7 +11,7 @@ import torch
 
 from trainables import base
 from trainables.contract import TrialConfig
-from trainables.data import snapshot
+from trainables.data import prepare
 from trainables.engine import Engine
 from trainables.packing import Example, pack
 from trainables.slots import Slot
@@ -33,7 +33,7 @@ def admit(engine: Engine) -> Admit:
 def _engine(home: Path, **options: Any) -> Engine:
     spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = snapshot.prepare(DataSpec(sources=(tickets,), max_length=128), base.load_tokenizer(spec))
+    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
     return Engine(spec, data, **options)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trainables import base, merge, scoring, solo
 from trainables.contract import TrialConfig
-from trainables.data import snapshot
+from trainables.data import prepare, snapshot
 from trainables.scoring import Answer
 from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
 
@@ -26,8 +26,9 @@ def data(home: Path, spec: BaseModelSpec) -> snapshot.Snapshot:
         sources=(SourceSpec(path=str(tickets / "tickets.jsonl")),),
         general=str(tickets / "general-test.jsonl"),
         max_length=128,
+        min_examples=50,
     )
-    return snapshot.prepare(made, base.load_tokenizer(spec))
+    return prepare.prepare(made, base.load_tokenizer(spec))
 
 
 def test_loss_weighs_every_labelled_token_the_same_whatever_the_batch(spec, data) -> None:

@@ -1,9 +1,10 @@
-"""Messages to tokens by the tokenizer's own chat template, with the tokens that are trained marked."""
+"""Conversations and plain texts to tokens: by the tokenizer's own chat template, trained tokens marked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from trainables.data.formats import Messages
@@ -11,11 +12,12 @@ from trainables.data.formats import Messages
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation: ``input_ids`` and ``assistant_masks`` (1: the assistant says it), both of length T."""
+    """One row of a snapshot: ``input_ids`` and ``assistant_masks`` (1: the assistant says it), both of length T."""
 
     input_ids: list[int]
     assistant_masks: list[int]
     full_length: int
+    """Tokens of the example before it was cut; of plain text, of this row alone, for nothing of it is cut."""
 
     def labels(self, completion_only: bool) -> list[int]:
         """``input_ids`` where a token is learned, -100 elsewhere."""
@@ -45,6 +47,8 @@ def check_template(tokenizer: Any, completion_only: bool) -> None:
 
 def encode(tokenizer: Any, conversations: Sequence[Messages], max_length: int) -> list[Encoded]:
     """Every conversation in tokens, cut at ``max_length``."""
+    if not conversations:
+        return []
     marked = "{% generation" in tokenizer.chat_template.replace("{%-", "{%")
     batch = tokenizer.apply_chat_template(
         list(conversations), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
@@ -55,6 +59,25 @@ def encode(tokenizer: Any, conversations: Sequence[Messages], max_length: int) -
         Encoded(list(ids[:max_length]), list(mask[:max_length]), len(ids))
         for ids, mask in zip(rows, masks, strict=True)
     ]
+
+
+def encode_plain(tokenizer: Any, text: str, max_length: int) -> list[Encoded]:
+    """A text and an end token, in as many rows as it takes; every token of it is learned.
+
+    Each row begins with the tokenizer's own first token where it has one, for a model never sees a text without it.
+    """
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    room = max_length - len(first)
+    rows = [[*first, *ids[start : start + room]] for start in range(0, len(ids), room)]
+    return [Encoded(row, [0] * len(first) + [1] * (len(row) - len(first)), len(row)) for row in rows]
+
+
+def marked_text(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
+    """A row as text again, in runs, each with whether its tokens are learned; the first token never is."""
+    learned = [False, *(label != -100 for label in labels[1:])]
+    runs = groupby(zip(input_ids, learned, strict=True), key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in run]), is_learned) for is_learned, run in runs]
 
 
 def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import xxhash
 from datasketch import MinHash, MinHashLSH
 
 SHINGLE, PERMUTATIONS = 5, 128
+
+_WEIGHTS = (0.05, 0.95)
+"""Of pairs proposed in vain and of pairs missed: the former cost a comparison, the latter leave a twin in training."""
 
 
 @dataclass(frozen=True)
@@ -26,37 +29,37 @@ def shingles(text: str) -> set[str]:
     return {folded[start : start + SHINGLE] for start in range(max(1, len(folded) - SHINGLE + 1))}
 
 
-def find_duplicates(texts: Sequence[str], threshold: float) -> list[Duplicate]:
+def find_duplicates(texts: Sequence[str], threshold: float) -> Iterator[Duplicate]:
     """Every text that repeats an earlier, kept one: exactly, or with a Jaccard similarity of at least ``threshold``.
 
     MinHash-LSH proposes the pairs; the similarity itself is then computed from the shingles, so the threshold is
-    exact for each pair proposed.
+    exact for each pair proposed. Beside the texts there is one sketch at a time and the index of those kept.
     """
-    lsh = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    lsh = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=_WEIGHTS)
     kept: dict[str, int] = {}
-    duplicates = []
     for index, (text, sketch) in enumerate(zip(texts, _sketches(texts), strict=True)):
         if text in kept:
-            duplicates.append(Duplicate(index, kept[text], 1.0))
+            yield Duplicate(index, kept[text], 1.0)
             continue
         of, similarity = _closest(texts, shingles(text), lsh.query(sketch))
         if of is not None and similarity >= threshold:
-            duplicates.append(Duplicate(index, of, round(similarity, 4)))
+            yield Duplicate(index, of, round(similarity, 4))
             continue
         kept[text] = index
-        lsh.insert(index, sketch)
-    return duplicates
+        lsh.insert(index, sketch, check_duplication=False)
 
 
-def _sketches(texts: Sequence[str]) -> list[MinHash]:
+def _sketches(texts: Sequence[str]) -> Iterator[MinHash]:
     encoded = ([shingle.encode() for shingle in shingles(text)] for text in texts)
-    return MinHash.bulk(encoded, num_perm=PERMUTATIONS, seed=1)
+    return MinHash.generator(encoded, num_perm=PERMUTATIONS, seed=1, scheme="affine32", hashfunc=xxhash.xxh32_intdigest)
 
 
 def _closest(texts: Sequence[str], own: set[str], candidates: Sequence[int]) -> tuple[int | None, float]:
-    if not candidates:
-        return None, 0.0
-    others = [shingles(texts[index]) for index in candidates]
-    similarities = [len(own & other) / len(own | other) for other in others]
-    best = int(np.argmax(similarities))
-    return candidates[best], similarities[best]
+    best, closest = None, 0.0
+    for index in sorted(candidates):
+        other = shingles(texts[index])
+        shared = len(own & other)
+        similarity = shared / (len(own) + len(other) - shared)
+        if similarity > closest:
+            best, closest = index, similarity
+    return best, closest

@@ -1,120 +1,187 @@
-"""Rows of a user's JSONL file to chat messages. Chat and alpaca, detected per file; a bad row is named by its line."""
+"""Rows of a user's file to examples: the format is detected per file, and a bad row is told by its fault."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 ROLES = ("system", "user", "assistant")
 Messages = list[dict[str, str]]
+Row = dict[str, Any]
+Fault = Literal["broken_row", "missing_field", "empty_text", "wrong_value"]
+
+
+class RowError(ValueError):
+    """A row that breaks its format's rules."""
+
+    def __init__(self, fault: Fault, rule: str) -> None:
+        super().__init__(fault, rule)
+        self.fault: Fault = fault
+        self.rule = rule
+
+
+@dataclass(frozen=True)
+class WrongRow:
+    """Where a row that breaks the rules stands, and which rule it breaks."""
+
+    source: str
+    line: int
+    fault: Fault
+    rule: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation, and the file and line that it came from."""
+    """One conversation, or one plain text to go on learning from, and the file and line that it came from."""
 
     messages: Messages
     source: str
     line: int
+    plain: str | None = None
+    """The text of a row of plain text, which has no messages."""
+    task: str | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.line}"
 
     @property
     def text(self) -> str:
         """All that was said, as one string: what duplicates are compared by."""
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        return self.plain or "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+    @property
+    def prompt(self) -> str:
+        """What the assistant's last answer answers; the whole text where there is no answer."""
+        asked = self.messages[:-1] if self.answer is not None else self.messages
+        return self.plain or "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+
+    @property
+    def answer(self) -> str | None:
+        """What the assistant says last; None in plain text, and where somebody else has the last word."""
+        last = self.messages[-1] if self.messages else None
+        return last["content"] if last and last["role"] == "assistant" else None
+
+    def with_texts(self, change: Callable[[str], str]) -> Example:
+        """The same example with ``change`` made to each text in it."""
+        if self.plain is not None:
+            return replace(self, plain=change(self.plain))
+        return replace(self, messages=[message | {"content": change(message["content"])} for message in self.messages])
+
+    def with_prefix(self, prefix: str) -> Example:
+        """The same example with ``prefix`` before what the user says first, or before plain text."""
+        if self.plain is not None:
+            return replace(self, plain=prefix + self.plain)
+        first = next((index for index, message in enumerate(self.messages) if message["role"] == "user"), None)
+        messages = [
+            message | {"content": prefix + message["content"]} if index == first else message
+            for index, message in enumerate(self.messages)
+        ]
+        return replace(self, messages=messages)
 
 
-def read_examples(path: Path) -> list[Example]:
-    """All rows of a JSONL file.
+def read_rows(rows: Iterable[tuple[int, Row | RowError]], source: str) -> Iterator[Example | WrongRow]:
+    """The rows of one file, numbered, as examples; the first row that has a known format decides for all of them."""
+    parse: Callable[[Row], tuple[Messages, str | None]] | None = None
+    for line, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            parse = parse or _detect(row)
+            messages, plain = parse(row)
+            yield Example(messages, source, line, plain, _task(row))
+        except RowError as error:
+            yield WrongRow(source, line, error.fault, error.rule)
+
+
+def prefixed(examples: Iterable[Example], prefixes: Mapping[str, str]) -> list[Example]:
+    """Examples with a task get its prefix: the one named for it, or ``[TASK]`` where none is named for any.
 
     Raises:
-        ValueError: the file is empty, or rows of it are wrong: every wrong row is named, the first ten with what is
-            wrong with them.
+        ValueError: prefixes are named, but not for a task that a row has.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, but byte {error.start} is not") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path}: must hold at least one row, but it is empty")
-    parse, examples, wrong = None, [], dict[int, str]()
-    for number, line in numbered:
-        try:
-            row = _row(line)
-            parse = parse or _detect(row)
-            examples.append(Example(parse(row), path.name, number))
-        except ValueError as error:
-            wrong[number] = str(error)
-    if wrong:
-        raise ValueError(_named(path, wrong))
-    return examples
+    return [example if example.task is None else _prefixed(example, example.task, prefixes) for example in examples]
 
 
-def _named(path: Path, wrong: dict[int, str], in_full: int = 10) -> str:
-    """All wrong rows on one line: the first with their errors, the others by their line numbers."""
-    numbers = list(wrong)
-    told = [f"{path}:{number}: {wrong[number]}" for number in numbers[:in_full]]
-    if rest := numbers[in_full:]:
-        told.append(f"and {len(rest)} more wrong rows of {path}, on lines {_ranges(rest)}")
-    return "; ".join(told)
+def _prefixed(example: Example, task: str, prefixes: Mapping[str, str]) -> Example:
+    if prefixes and task not in prefixes:
+        raise ValueError(
+            f"data.task_prefixes: must have every task of the rows, but {example.place} has {task!r} and there are "
+            f"{', '.join(sorted(prefixes))}; add it, or remove task_prefixes"
+        )
+    return example.with_prefix(prefixes.get(task, f"[{task}] "))
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Rising numbers in short: ``3, 7-9``."""
-    known = set(numbers)
-    starts = [number for number in numbers if number - 1 not in known]
-    ends = [number for number in numbers if number + 1 not in known]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+def _task(row: Row) -> str | None:
+    task = row.get("task")
+    if task is not None and not (isinstance(task, str) and task.strip()):
+        raise RowError("wrong_value", f"'task' must be a name, but got {task!r}")
+    return task
 
 
-def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"must be one JSON object a line, but it is not JSON at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, but got a {type(row).__name__}")
-    return row
-
-
-def _detect(row: dict[str, Any]):
+def _detect(row: Row) -> Callable[[Row], tuple[Messages, str | None]]:
     """The parser of the file's format, by its first row."""
-    if "messages" in row:
-        return _chat
-    if "instruction" in row:
-        return _alpaca
-    raise ValueError(f"must have 'messages' (chat) or 'instruction' and 'output' (alpaca), but has {sorted(row)}")
+    for field, parse in (("messages", _chat), ("instruction", _alpaca), ("prompt", _completion), ("text", _plain)):
+        if field in row:
+            return parse
+    raise RowError(
+        "missing_field",
+        f"must have 'messages' (chat), 'instruction' and 'output' (alpaca), 'prompt' and 'completion', or 'text', "
+        f"but has {sorted(row)}",
+    )
 
 
-def _chat(row: dict[str, Any]) -> Messages:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list of at least one message")
-    return [_message(message, index) for index, message in enumerate(messages)]
+def _chat(row: Row) -> tuple[Messages, None]:
+    return _messages(row, "messages"), None
 
 
-def _message(message: Any, index: int) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"messages[{index}] must be an object, but got {message!r}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"messages[{index}].role must be one of {', '.join(ROLES)}, but got {role!r}")
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"messages[{index}].content must be text that is not empty, but got {content!r}")
-    return {"role": role, "content": content}
-
-
-def _alpaca(row: dict[str, Any]) -> Messages:
-    for field in ("instruction", "output"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise ValueError(f"'{field}' must be text that is not empty, but got {row.get(field)!r}")
-    extra = row.get("input") or ""
+def _alpaca(row: Row) -> tuple[Messages, None]:
+    instruction, output, extra = _text(row, "instruction"), _text(row, "output"), row.get("input") or ""
     if not isinstance(extra, str):
-        raise ValueError(f"'input' must be text, but got {extra!r}")
-    prompt = f"{row['instruction']}\n\n{extra}" if extra.strip() else row["instruction"]
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
+        raise RowError("wrong_value", f"'input' must be text, but got {extra!r}")
+    return _turn(f"{instruction}\n\n{extra}" if extra.strip() else instruction, output), None
+
+
+def _completion(row: Row) -> tuple[Messages, None]:
+    """Both sides as text, or, as trl takes them too, both as lists of messages."""
+    if isinstance(row.get("prompt"), list):
+        return [*_messages(row, "prompt"), *_messages(row, "completion")], None
+    return _turn(_text(row, "prompt"), _text(row, "completion")), None
+
+
+def _plain(row: Row) -> tuple[Messages, str]:
+    return [], _text(row, "text")
+
+
+def _turn(prompt: str, answer: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _text(row: Row, field: str, place: str | None = None) -> str:
+    place, value = place or f"'{field}'", row.get(field)
+    if value is None:
+        raise RowError("missing_field", f"{place} must be text that is not empty, but there are {sorted(row)}")
+    if not isinstance(value, str):
+        raise RowError("wrong_value", f"{place} must be text that is not empty, but got {value!r}")
+    if not value.strip():
+        raise RowError("empty_text", f"{place} must be text that is not empty, but got {value!r}")
+    return value
+
+
+def _messages(row: Row, field: str) -> Messages:
+    messages = row.get(field)
+    if messages is None:
+        raise RowError("missing_field", f"'{field}' must be there, but the row has {sorted(row)}")
+    if not isinstance(messages, list) or not messages:
+        raise RowError("wrong_value", f"'{field}' must be a list of at least one message")
+    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Any, place: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise RowError("wrong_value", f"{place} must be an object, but got {message!r}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise RowError("wrong_value", f"{place}.role must be one of {', '.join(ROLES)}, but got {role!r}")
+    return {"role": role, "content": _text(message, "content", f"{place}.content")}

@@ -5,58 +5,92 @@ from pathlib import Path
 
 import pytest
 
-from trainables.data.formats import read_examples
+from trainables.data.formats import Example, WrongRow, prefixed, read_rows
+from trainables.data.sources import File
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-def write(path: Path, *rows: object) -> Path:
+def read(path: Path, *rows: object) -> list[Example | WrongRow]:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
+    return list(read_rows(File(path.name, path).rows(), path.name))
 
 
-def test_chat_and_alpaca_are_told_apart_by_file(tmp_path: Path) -> None:
-    chat = read_examples(write(tmp_path / "chat.jsonl", CHAT, "", CHAT))
-    alpaca = read_examples(
-        write(
-            tmp_path / "alpaca.jsonl",
-            {"instruction": "Add", "input": "1 2", "output": "3"},
-            {"instruction": "Greet", "output": "hi"},
-        )
-    )
-    assert [example.line for example in chat] == [1, 3]
-    assert alpaca[0].messages == [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}]
-    assert alpaca[1].messages[0]["content"] == "Greet"
+GOOD = {
+    "chat": ([CHAT, "", CHAT], ["q", "a"]),
+    "alpaca": ([{"instruction": "Add", "input": "1 2", "output": "3"}], ["Add\n\n1 2", "3"]),
+    "alpaca without input": ([{"instruction": "Greet", "output": "hi"}], ["Greet", "hi"]),
+    "completion": ([{"prompt": "2+2", "completion": "4"}], ["2+2", "4"]),
+    "completion in messages": (
+        [{"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}], ["q", "a"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_every_format_becomes_a_conversation(case: str, tmp_path: Path) -> None:
+    rows, contents = GOOD[case]
+    examples = read(tmp_path / "rows.jsonl", *rows)
+    assert [example.line for example in examples] == [number for number, row in enumerate(rows, 1) if row]
+    assert examples[0].messages == [
+        {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+    ]
+    assert (examples[0].prompt, examples[0].answer) == (f"user: {contents[0]}", contents[1])
+
+
+def test_plain_text_has_no_messages_and_no_answer(tmp_path: Path) -> None:
+    (example,) = read(tmp_path / "rows.jsonl", {"text": "once upon a time"})
+    assert (example.messages, example.plain, example.answer) == ([], "once upon a time", None)
 
 
 BAD = {
-    "broken json": ('{"messages": [', ["not JSON at column"]),
-    "no object": ("[1]", ["JSON object", "list"]),
-    "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, ["messages[0].role", "'bot'"]),
-    "empty content": ({"messages": [{"role": "user", "content": " "}]}, ["messages[0].content"]),
-    "no messages": ({"messages": []}, ["at least one message"]),
+    "broken json": ('{"messages": [', "broken_row", ["not JSON at column"]),
+    "no object": ("[1]", "broken_row", ["JSON object", "list"]),
+    "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "wrong_value", ["messages[0].role", "'bot'"]),
+    "empty content": ({"messages": [{"role": "user", "content": " "}]}, "empty_text", ["messages[0].content"]),
+    "no content": ({"messages": [{"role": "user"}]}, "missing_field", ["messages[0].content", "['role']"]),
+    "no messages": ({"messages": []}, "wrong_value", ["at least one message"]),
+    "another format": ({"instruction": "x", "output": "y"}, "missing_field", ["'messages'", "instruction"]),
+    "task that is no name": (CHAT | {"task": 3}, "wrong_value", ["'task'", "3"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD, ids=str)
-def test_a_bad_row_is_named_by_file_and_line(case: str, tmp_path: Path) -> None:
-    row, words = BAD[case]
-    with pytest.raises(ValueError, match=r"chat\.jsonl:2: ") as error:
-        read_examples(write(tmp_path / "chat.jsonl", CHAT, row))
-    assert all(word in str(error.value) for word in words), error.value
+def test_a_bad_row_is_told_by_its_line_and_its_fault(case: str, tmp_path: Path) -> None:
+    row, fault, words = BAD[case]
+    good, wrong = read(tmp_path / "chat.jsonl", CHAT, row)
+    assert isinstance(good, Example)
+    assert isinstance(wrong, WrongRow)
+    assert (wrong.source, wrong.line, wrong.fault) == ("chat.jsonl", 2, fault)
+    assert all(word in wrong.rule for word in words), wrong.rule
 
 
-def test_an_alpaca_row_without_output(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: 'output' must be text"):
-        read_examples(write(tmp_path / "a.jsonl", {"instruction": "Add"}))
+def test_a_line_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n{"text": "fine too"}\n')
+    rows = list(read_rows(File(path.name, path).rows(), path.name))
+    assert [type(row) for row in rows] == [Example, WrongRow, Example]
+    assert "UTF-8" in rows[1].rule
 
 
-def test_every_bad_row_is_named_the_first_ten_in_full(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"and 5 more wrong rows of .*chat\.jsonl, on lines 12-14, 16, 19$") as error:
-        read_examples(write(tmp_path / "chat.jsonl", CHAT, *["{"] * 13, CHAT, "{", CHAT, CHAT, "{"))
-    assert str(error.value).count("chat.jsonl:") == 10
+def test_a_wrong_first_row_does_not_decide_the_format(tmp_path: Path) -> None:
+    wrong, good = read(tmp_path / "rows.jsonl", {"question": "?"}, {"prompt": "2+2", "completion": "4"})
+    assert isinstance(wrong, WrongRow)
+    assert isinstance(good, Example)
 
 
-def test_empty_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        read_examples(write(tmp_path / "chat.jsonl", "", "  "))
+def test_a_task_puts_its_prefix_before_the_first_thing_a_user_says(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    examples = read(
+        tmp_path / "rows.jsonl",
+        {"messages": [system, *CHAT["messages"], *CHAT["messages"]], "task": "sql"},
+        CHAT | {"task": "triage"},
+        CHAT,
+    )
+    contents = [[message["content"] for message in one.messages] for one in prefixed(examples, {})]
+    assert contents == [["Be brief.", "[sql] q", "a", "q", "a"], ["[triage] q", "a"], ["q", "a"]]
+    named = prefixed(examples, {"sql": "Write SQL: ", "triage": ""})
+    assert [one.messages[-2]["content"] for one in named] == ["q", "q", "q"]
+    assert named[0].messages[1]["content"] == "Write SQL: q"
+    with pytest.raises(ValueError, match=r"data\.task_prefixes: .*rows\.jsonl:2 has 'triage'.*there are sql;"):
+        prefixed(examples, {"sql": "Write SQL: "})
