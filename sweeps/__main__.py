@@ -1,4 +1,4 @@
-"""``python -m sweeps``: validate, plan, run, resume, status, report, submit, promote, schema.
+"""``python -m sweeps``: validate, data, plan, run, resume, status, report, submit, promote, schema.
 
 Heavy imports stay inside the commands that need them, so that ``validate`` answers at once.
 """
@@ -39,13 +39,10 @@ def schema(_: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     definition = loading.load(arguments.definition)
     loading.check_inputs(definition)
+    from sweeps import dataset
     from sweeps import plan as plans
-    from trainables import base
-    from trainables.data import prepare, snapshot
 
-    tokenizer = base.load_tokenizer(definition.base_model)
-    data = prepare.prepare(definition.data, tokenizer, definition.training.completion_only_loss, say)
-    say(snapshot.summary_line(data))
+    data = dataset.prepared(definition)
     tokens = data.manifest["splits"]["train"]["trained_tokens"]
     planned = plans.plan(definition, data.count("train"), tokens, *_probed(definition, data))
     for name, value in planned.items():
@@ -74,6 +71,24 @@ def _probed(definition: SweepDefinition, data: Snapshot) -> tuple[MemoryModel | 
         resources.memory_gib_per_engine,
         resources.engine_as_ray().get("CPU", 1),
     )
+
+
+def data(arguments: argparse.Namespace) -> int:
+    definition = loading.load(arguments.definition)
+    loading.check_inputs(definition)
+    from cluster import paths
+    from sweeps import dataset
+    from trainables.data.prepare import told
+
+    manifest, made = dataset.examined(definition)
+    for finding in manifest["findings"]:
+        say(f"  {finding['level']:8} {told(finding)}")
+    page = paths.data_page(manifest["dataset_hash"])
+    say(f"data: {page}")
+    answer(arguments, manifest | {"page": str(page), "snapshot": str(made.directory) if made else None})
+    if made is None:
+        raise ValueError("data: refused for the errors above; mend them and look again")
+    return DONE
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -146,6 +161,8 @@ def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     for check in (result["gate"] or {"checks": []})["checks"]:
         passed = "passed" if check["passed"] else "FAILED"
         say(f"gate: {passed}  {check['name']} {check['value']} (limit {check['limit']})")
+    if result["dataset_hash"]:
+        say(f"data: {paths.data_page(result['dataset_hash'])}")
     if result["trials"]:
         say(f"report: {paths.report_file(result['run_id'])}")
     endings = {
@@ -175,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for function, summary in {
         validate: "check a definition and the files it names",
+        data: "prepare a definition's data and show what is in it",
         plan: "show what a sweep would do",
         run: "run a sweep, from data to registered model",
     }.items():

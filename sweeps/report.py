@@ -5,36 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
-
 from cluster import files, paths
-from sweeps import results
-
-_TEMPLATES = Path(__file__).parent
+from sweeps import pages, results
 
 
 def write_report(run_id: str) -> Path:
     """Make the page from the run's own files: ``result.json``, the study, the scored answers."""
     result = results.read(run_id)
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            result=result,
-            charts=_charts(run_id),
-            answers=_differing_answers(run_id),
-            parameters=sorted({name for trial in result["trials"] for name in trial["params"]}),
-            metrics=sorted({name for scores in result["scores"].values() for name in scores}),
-        )
+    return pages.write(
+        paths.report_file(run_id),
+        "report",
+        result=result,
+        charts=_charts(run_id),
+        answers=_differing_answers(run_id),
+        parameters=sorted({name for trial in result["trials"] for name in trial["params"]}),
+        metrics=sorted({name for scores in result["scores"].values() for name in scores}),
     )
-    files.write_text(paths.report_file(run_id), page)
-    return paths.report_file(run_id)
-
-
-def _environment() -> Environment:
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["jinja", "html"]))
-    environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
-    return environment
 
 
 def _charts(run_id: str) -> list[str]:

@@ -36,12 +36,9 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
         ValueError: the user's input is wrong; no run was made.
         RuntimeError: Winnow or the cluster failed; the run's status is ``failed``.
     """
-    from trainables import base
-    from trainables.data import prepare, snapshot
+    from sweeps import dataset
 
-    tokenizer = base.load_tokenizer(definition.base_model)
-    data = prepare.prepare(definition.data, tokenizer, definition.training.completion_only_loss, log)
-    log(snapshot.summary_line(data))
+    data = dataset.prepared(definition, log)
     tracking_environment(definition)
     with session.connected():
         _check_cluster(definition)

@@ -97,7 +97,8 @@ def mean_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], evaluation: EvaluationSpec) -> list[Answer]:
-    """Greedy answers to each row's last user turn, in the rows' order."""
+    """Greedy answers to each row's last user turn, in the rows' order; rows without an answer are passed over."""
+    rows = [row for row in rows if row["messages"] and row["messages"][-1]["role"] == "assistant"]
     prompts = [prompt_ids(tokenizer, row["messages"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     texts: dict[int, str] = {}

@@ -59,6 +59,8 @@ _OTHER_KEYS = PatternRecognizer(
 )
 """Keys that detect-secrets does not know, and whole ones where it finds their first part."""
 
+_LEAST_DIGITS = 9
+
 _NO_MODEL: Any = None
 """What a language model would say of a text; recognisers by form do without."""
 
@@ -110,7 +112,7 @@ class Recogniser:
     def _all(self, text: str) -> Iterator[_Found]:
         for entity, recogniser in self._presidio:
             for one in recogniser.analyze(text, recogniser.supported_entities, _NO_MODEL):
-                if one.score >= CERTAIN:
+                if one.score >= CERTAIN and not (entity == "PHONE_NUMBER" and _is_short(text[one.start : one.end])):
                     yield one.start, one.end, entity, _UNMISTAKABLE if entity == "API_KEY" else one.score
         for pattern in self._keys:
             yield from ((match.start(), match.end(), "API_KEY", _UNMISTAKABLE) for match in pattern.finditer(text))
@@ -148,6 +150,11 @@ def _redact(
         pieces += [text[last:start], seen.setdefault(value, numbered)]
         last = end
     return "".join([*pieces, text[last:]])
+
+
+def _is_short(number: str) -> bool:
+    """Whether a phone number could as well be any number: a bare run of few digits, as some countries have them."""
+    return number.isdigit() and len(number) < _LEAST_DIGITS
 
 
 def _folded(value: str) -> str:

@@ -64,7 +64,15 @@ def prepare(spec: DataSpec, tokenizer: Any, completion_only: bool = True, log: L
     Raises:
         ValueError: a source cannot be read, or something about the data is an error; the line names each.
     """
-    manifest, made = examine(spec, tokenizer, completion_only, log)
+    return accepted(*examine(spec, tokenizer, completion_only, log), log)
+
+
+def accepted(manifest: dict[str, Any], made: Snapshot | None, log: Log) -> Snapshot:
+    """What ``examine`` made, if it made it; logs the warnings.
+
+    Raises:
+        ValueError: something about the data is an error; the line names each.
+    """
     for finding in manifest["findings"]:
         if finding["level"] == "warning":
             log(f"data: warning: {told(finding)}")
@@ -281,6 +289,7 @@ class _Encoded:
 
     table: pa.Table
     examples: int
+    answers: int
     lengths: list[int]
     """Tokens of every row before it was cut."""
     cut: list[str]
@@ -292,7 +301,7 @@ class _Encoded:
         return {
             "examples": self.examples,
             "rows": self.table.num_rows,
-            "answers": sum(messages != "[]" for messages in self.table["messages"].to_pylist()),
+            "answers": self.answers,
             "tokens": len(labels),
             "trained_tokens": int((labels != -100).sum()),
             "over_long": len(self.cut),
@@ -313,7 +322,8 @@ _SCHEMA = pa.schema(
 
 def _table(examples: Sequence[Example], tokenizer: Any, max_length: int, completion_only: bool) -> _Encoded:
     """A split in tokens, made a thousand examples at a time: as Python's lists, tokens take ten times the room."""
-    split = _Encoded(_SCHEMA.empty_table(), len(examples), [], [], [])
+    answers = sum(example.answer is not None for example in examples)
+    split = _Encoded(_SCHEMA.empty_table(), len(examples), answers, [], [], [])
     batches = []
     for start in range(0, len(examples), _ENCODED_AT_ONCE):
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}

@@ -20,7 +20,7 @@ FEW = 500
 
 _SHOWN = 5
 _LABEL_LENGTH, _LABEL_KINDS = 40, 20
-"""Answers are labels where they are at most so long and there are at most so many different ones."""
+"""Answers are labels where nearly all are at most so long, and there are at most so many different ones."""
 
 _RARE = 0.1
 """A class is rare where it has less than this share of the most common one."""
@@ -204,12 +204,13 @@ def _labels(examples: Sequence[Example]) -> dict[str, list[tuple[str, str]]]:
                 fields[name] += [(place, text)] if isinstance(text, str) else []
     else:
         fields["answer"] = [(example.place, example.answer or "") for example in examples]
-    return {name: values for name, values in fields.items() if _are_labels([value for _, value in values])}
+    short = {name: [one for one in values if len(one[1]) <= _LABEL_LENGTH] for name, values in fields.items()}
+    return {name: values for name, values in short.items() if _are_labels(values, len(fields[name]))}
 
 
-def _are_labels(values: Sequence[str]) -> bool:
-    kinds = {_folded(value) for value in values}
-    return len(kinds) <= min(_LABEL_KINDS, len(values) / 5) and all(len(kind) <= _LABEL_LENGTH for kind in kinds)
+def _are_labels(short: Sequence[tuple[str, str]], of: int) -> bool:
+    kinds = {_folded(value) for _, value in short}
+    return len(short) >= _USUAL * of and len(kinds) <= min(_LABEL_KINDS, len(short) / 5)
 
 
 def _language(identifier: Any, text: str) -> str | None:

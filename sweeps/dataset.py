@@ -1,0 +1,89 @@
+"""A definition's data, made ready for a run and shown to people: the snapshot, and its page."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from cluster import paths
+from cluster.command import say
+from sweeps import pages
+from sweeps.definition import SweepDefinition
+from trainables import base
+from trainables.data import prepare
+from trainables.data.snapshot import Snapshot, summary_line
+
+_PAIRS_SHOWN = 20
+
+
+def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
+    """The snapshot, made now or found from before; its page stands beside it, also where the data is refused.
+
+    Raises:
+        ValueError: the data cannot be read, has errors, or has nothing that the gate could compare.
+    """
+    manifest, made = examined(definition, log)
+    try:
+        data = prepare.accepted(manifest, made, log)
+    except ValueError as error:
+        raise ValueError(f"{error}; all of it: {paths.data_page(manifest['dataset_hash'])}") from None
+    if not data.answers("test"):
+        raise ValueError(
+            f"gate.metric: {definition.gate.metric} compares answers, but no example of the test split has one; "
+            "add a source with answers, or let one that has them go into all splits"
+        )
+    log(summary_line(data))
+    return data
+
+
+def examined(definition: SweepDefinition, log: prepare.Log = say) -> tuple[dict[str, Any], Snapshot | None]:
+    """The manifest, and the snapshot where no finding is an error; the page is written either way."""
+    tokenizer = base.load_tokenizer(definition.base_model)
+    manifest, made = prepare.examine(definition.data, tokenizer, definition.training.completion_only_loss, log)
+    write_page(definition.name, manifest)
+    return manifest, made
+
+
+def write_page(name: str, manifest: dict[str, Any]) -> Path:
+    """The manifest for people, one self-contained page."""
+    pairs = manifest["duplicates"]["pairs"][:_PAIRS_SHOWN]
+    return pages.write(
+        paths.data_page(manifest["dataset_hash"]),
+        "data",
+        name=name,
+        data=manifest,
+        errors=sum(finding["level"] == "error" for finding in manifest["findings"]),
+        pairs=[pair | _sides(pair) for pair in pairs],
+        chart=_lengths(manifest["lengths"], manifest["settings"]["max_length"]) if "lengths" in manifest else "",
+    )
+
+
+def _sides(pair: dict[str, Any]) -> dict[str, pages.Runs]:
+    left, right = pages.differences(pair["removed_text"], pair["kept_text"])
+    return {"left": left, "right": right}
+
+
+def _lengths(lengths: dict[str, list[float]], limit: int) -> str:
+    """Examples by tokens, before they were cut, and where they are cut."""
+    edges, counts = lengths["edges"], lengths["counts"]
+    figure = go.Figure(
+        go.Bar(
+            x=[(low + high) / 2 for low, high in pairwise(edges)],
+            y=counts,
+            width=[high - low for low, high in pairwise(edges)],
+            marker_color="#3b6ea5",
+            hovertemplate="%{x:.0f} tokens: %{y} examples<extra></extra>",
+        )
+    )
+    figure.add_vline(x=limit, line_dash="dash", line_color="#b42318", annotation_text=f"max_length {limit:,}")
+    figure.update_layout(
+        template="plotly_white",
+        height=320,
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        xaxis_title="tokens",
+        yaxis_title="examples",
+    )
+    return figure.to_html(full_html=False, include_plotlyjs=True, config={"responsive": True})

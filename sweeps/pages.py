@@ -1,0 +1,54 @@
+"""Pages for people: one look for all, self-contained, from the templates beside this module."""
+
+from __future__ import annotations
+
+import re
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from cluster import files
+
+_TEMPLATES = Path(__file__).parent / "templates"
+Runs = list[tuple[str, bool]]
+
+
+def write(path: Path, template: str, **values: Any) -> Path:
+    """Fill the template of this name and write the page; its path again."""
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["jinja", "html"]))
+    environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    environment.filters["details"] = _details
+    files.write_text(path, environment.get_template(f"{template}.html.jinja").render(**values))
+    return path
+
+
+def differences(left: str, right: str) -> tuple[Runs, Runs]:
+    """Both texts in runs of words, each with whether the other text has it too."""
+    one, other = _words(left), _words(right)
+    matched = SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
+    return (
+        [("".join(one[start:end]), tag == "equal") for tag, start, end, _, _ in matched if end > start],
+        [("".join(other[start:end]), tag == "equal") for tag, _, _, start, end in matched if end > start],
+    )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\s+|\w+|[^\w\s]", text)
+
+
+def _details(step: dict[str, Any]) -> str:
+    """What a step of the manifest says beside its name and its counts."""
+    others = {
+        name: value for name, value in step.items() if name not in ("step", "in", "out") and value not in ({}, [])
+    }
+    return "; ".join(f"{name} {_plain(value)}" for name, value in others.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return " | ".join(_plain(one) for one in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
