@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
@@ -30,33 +31,78 @@ def shingles(text: str) -> set[str]:
 
 
 def find_duplicates(texts: Sequence[str], threshold: float) -> Iterator[Duplicate]:
-    """Every text that repeats an earlier, kept one: exactly, or with a Jaccard similarity of at least ``threshold``.
+    """Every text that repeats an earlier one: exactly, or with a Jaccard similarity of at least ``threshold``.
 
-    MinHash-LSH proposes the pairs; the similarity itself is then computed from the shingles, so the threshold is
-    exact for each pair proposed. Beside the texts there is one sketch at a time and the index of those kept.
+    MinHash with locality-sensitive hashing (datasketch's sketches and its choice of bands) proposes the pairs; the
+    similarity itself is then computed from the shingles, so the threshold is exact for each pair proposed. First come
+    the exact repeats, each of the first text of its kind, then the near ones among those.
     """
-    lsh = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=_WEIGHTS)
-    kept: dict[str, int] = {}
-    for index, (text, sketch) in enumerate(zip(texts, _sketches(texts), strict=True)):
-        if text in kept:
-            yield Duplicate(index, kept[text], 1.0)
-            continue
-        of, similarity = _closest(texts, shingles(text), lsh.query(sketch))
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        if (of := first.setdefault(text, index)) != index:
+            yield Duplicate(index, of, 1.0)
+    distinct = list(first.values())
+    del first
+    earlier = _Earlier(_bands(texts, distinct, threshold))
+    for index, candidates in enumerate(earlier):
+        own = shingles(texts[distinct[index]]) if candidates else set()
+        of, similarity = _closest(texts, own, [distinct[candidate] for candidate in candidates])
         if of is not None and similarity >= threshold:
-            yield Duplicate(index, of, round(similarity, 4))
-            continue
-        kept[text] = index
-        lsh.insert(index, sketch, check_duplication=False)
+            earlier.forget(index)
+            yield Duplicate(distinct[index], of, round(similarity, 4))
 
 
-def _sketches(texts: Sequence[str]) -> Iterator[MinHash]:
-    encoded = ([shingle.encode() for shingle in shingles(text)] for text in texts)
-    return MinHash.generator(encoded, num_perm=PERMUTATIONS, seed=1, scheme="affine32", hashfunc=xxhash.xxh32_intdigest)
+class _Earlier:
+    """For each text in turn those before it that agree with it in a band and have not been forgotten.
+
+    A chain a band from each text to the one before it: 4 bytes a text and band, where an index of dictionaries and sets,
+    as datasketch's own in memory, takes some 300.
+
+    Args:
+        bands: keys [texts, bands].
+    """
+
+    def __init__(self, bands: np.ndarray) -> None:
+        self.before = np.full(bands.shape[::-1], -1, dtype=np.int32)
+        for chain, keys in zip(self.before, bands.T, strict=True):
+            order = np.argsort(keys, kind="stable")
+            same = keys[order[1:]] == keys[order[:-1]]
+            chain[order[1:][same]] = order[:-1][same]
+        self.forgotten = np.zeros(len(bands), dtype=bool)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in range(len(self.forgotten)):
+            yield sorted({found for chain in self.before for found in self._chained(chain, index)})
+
+    def forget(self, index: int) -> None:
+        self.forgotten[index] = True
+
+    def _chained(self, chain: np.ndarray, index: int) -> Iterator[int]:
+        """Along one chain. A forgotten text is passed by here once and for all: the one before it never is forgotten."""
+        last = chain[index]
+        if last >= 0 and self.forgotten[last]:
+            chain[index] = last = chain[last]
+        while last >= 0:
+            yield int(last)
+            last = chain[last]
+
+
+def _bands(texts: Sequence[str], distinct: Sequence[int], threshold: float) -> np.ndarray:
+    """One key a text and band, [distinct, bands]: texts that agree in a band are proposed as a pair."""
+    ranges = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=_WEIGHTS).hashranges
+    keys = np.empty((len(distinct), len(ranges)), dtype=np.uint64)
+    encoded = ([shingle.encode() for shingle in shingles(texts[index])] for index in distinct)
+    sketches = MinHash.generator(
+        encoded, num_perm=PERMUTATIONS, seed=1, scheme="affine32", hashfunc=xxhash.xxh32_intdigest
+    )
+    for row, sketch in zip(keys, sketches, strict=True):
+        row[:] = [xxhash.xxh3_64_intdigest(sketch.hashvalues[start:end].tobytes()) for start, end in ranges]
+    return keys
 
 
 def _closest(texts: Sequence[str], own: set[str], candidates: Sequence[int]) -> tuple[int | None, float]:
     best, closest = None, 0.0
-    for index in sorted(candidates):
+    for index in candidates:
         other = shingles(texts[index])
         shared = len(own & other)
         similarity = shared / (len(own) + len(other) - shared)
