@@ -1,7 +1,7 @@
 """What near-duplicate search costs as data grows: ``python scripts/bench_data.py --json [--rows 10000 100000]``.
 
-Texts of about 60 words drawn from the tiny world, one in ten an earlier one with a word or two changed, one in twenty an
-earlier one as it was. Every size runs in a process of its own, so that its memory is its own.
+Texts of about 60 words drawn from the tiny world, one in ten an earlier one with a word or two changed, one in twenty
+an earlier one as it was. Every size runs in a process of its own, so that its memory is its own.
 """
 
 from __future__ import annotations

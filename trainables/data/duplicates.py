@@ -46,17 +46,17 @@ def find_duplicates(texts: Sequence[str], threshold: float) -> Iterator[Duplicat
     earlier = _Earlier(_bands(texts, distinct, threshold))
     for index, candidates in enumerate(earlier):
         own = shingles(texts[distinct[index]]) if candidates else set()
-        of, similarity = _closest(texts, own, [distinct[candidate] for candidate in candidates])
-        if of is not None and similarity >= threshold:
+        near, similarity = _closest(texts, own, [distinct[candidate] for candidate in candidates])
+        if near is not None and similarity >= threshold:
             earlier.forget(index)
-            yield Duplicate(distinct[index], of, round(similarity, 4))
+            yield Duplicate(distinct[index], near, round(similarity, 4))
 
 
 class _Earlier:
     """For each text in turn those before it that agree with it in a band and have not been forgotten.
 
-    A chain a band from each text to the one before it: 4 bytes a text and band, where an index of dictionaries and sets,
-    as datasketch's own in memory, takes some 300.
+    A chain a band from each text to the one before it: 4 bytes a text and band, where dictionaries and sets, as
+    datasketch's own index in memory, take some 300.
 
     Args:
         bands: keys [texts, bands].
@@ -78,7 +78,7 @@ class _Earlier:
         self.forgotten[index] = True
 
     def _chained(self, chain: np.ndarray, index: int) -> Iterator[int]:
-        """Along one chain. A forgotten text is passed by here once and for all: the one before it never is forgotten."""
+        """Along one chain. A forgotten text is passed by once and for all: the one before it is not forgotten."""
         last = chain[index]
         if last >= 0 and self.forgotten[last]:
             chain[index] = last = chain[last]
