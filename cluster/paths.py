@@ -72,6 +72,11 @@ def sweep_file(run_id: str) -> Path:
     return run_dir(run_id) / "sweep.json"
 
 
+def dataset_file(run_id: str) -> Path:
+    """Which snapshot the run's trials train on, for a run that is resumed."""
+    return run_dir(run_id) / "dataset.json"
+
+
 def result_file(run_id: str) -> Path:
     return run_dir(run_id) / "result.json"
 

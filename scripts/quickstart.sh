@@ -38,6 +38,12 @@ else
   "$python" -m sweeps run sweeps/definitions/quickstart.yaml
 fi
 
+pages() {  # what a person reads: the data, and the newest run of it
+  say "to read in a browser:"
+  "$python" -m sweeps data sweeps/definitions/quickstart.yaml 2>&1 | tail -n 1 >&2
+  echo "report: $(find "$WINNOW_HOME/runs" -path '*/tickets-*/report.html' | sort | tail -n 1)" >&2
+}
+
 say "4/5 deploy with Ray Serve and vLLM"
 port=${WINNOW_PORT:-8000}
 stop() { [ -n "$keep" ] || "$python" -m serving stop; }
@@ -47,6 +53,7 @@ trap stop EXIT
 say "5/5 ask the served model over HTTP"
 "$python" scripts/ask_tickets.py --url "http://127.0.0.1:$port/v1"
 
+pages
 if [ -n "$keep" ]; then
   say "the endpoint stays up; ask it, and stop it:"
   cat >&2 <<END

@@ -39,10 +39,12 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
     from sweeps import dataset
 
     data = dataset.prepared(definition, log)
+    if run_id:
+        _check_same_data(run_id, data)
     tracking_environment(definition)
     with session.connected():
         _check_cluster(definition)
-        run_id = run_id or new_run(definition)
+        run_id = run_id or new_run(definition, data)
         log(f"run: {run_id}")
         outcome = Outcome(run_id, definition.name, definition.base_model.model_dump(mode="json"))
         with _only_driver(run_id), _sigterm_interrupts(), _written(outcome):
@@ -109,9 +111,21 @@ def _written(outcome: Outcome) -> Iterator[None]:
             report.write_report(outcome.run_id)
 
 
-def new_run(definition: SweepDefinition) -> str:
-    """A fresh run's id and directory, the complete definition in it."""
+def _check_same_data(run_id: str, data: Snapshot) -> None:
+    """A resumed run goes on with the data that it began with, or its trials could not be compared."""
+    file = paths.dataset_file(run_id)
+    began = files.read_json(file)["dataset_hash"] if file.exists() else data.dataset_hash
+    if began != data.dataset_hash:
+        raise ValueError(
+            f"data: run {run_id!r} began with snapshot {began}, but its sources now give {data.dataset_hash}; "
+            "put the files back as they were, or start a new run"
+        )
+
+
+def new_run(definition: SweepDefinition, data: Snapshot) -> str:
+    """A fresh run's id and directory, the complete definition in it and which data it is for."""
     run_id = f"{definition.name[:40]}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid() % 10000:04d}"
+    files.write_json(paths.dataset_file(run_id), {"dataset_hash": data.dataset_hash})
     files.write_json(paths.sweep_file(run_id), definition.model_dump(mode="json"))
     return run_id
 

@@ -57,6 +57,17 @@ def definition() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def all_formats(home: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    """Sources of a definition: tickets as chat, a plain text of several rows, and prompts with a task."""
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "the quick fox jumps over the lazy dog " * 40}))
+    sums = [{"prompt": f"{n} + {n}", "completion": str(2 * n), "task": "sum"} for n in range(1, 21)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    tickets = {"path": str(home / "sources" / "tickets" / "tickets.jsonl")}
+    others = [{"path": str(tmp_path / name), "splits": "train_eval"} for name in ("book.jsonl", "sums.jsonl")]
+    return [tickets, *others]
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     """Writes a definition (JSON is YAML) and returns its path."""
 

@@ -13,7 +13,7 @@ PERSONAL = {
     "IBAN_CODE": "DE89 3704 0044 0532 0130 00",
     "IP_ADDRESS": "203.0.113.77",
     "NATIONAL_ID": "536-90-4399",
-    "API_KEY": "ghp_" + "a1B2c3D4e5F6g7H8i9J0" * 2,
+    "API_KEY": "ghp_" + "a1B2c3D4e5F6g7H8i9" * 2,
 }
 """By kind, a value that stands in one ticket each. None is anybody's."""
 

@@ -14,10 +14,11 @@ from conftest import winnow
 
 
 @pytest.fixture
-def small(definition) -> Any:
+def small(definition, all_formats) -> Any:
     def make(revision: str) -> dict[str, Any]:
         return definition(
             base_model={"model_name_or_path": "org/tiny", "revision": revision},
+            data={"sources": all_formats},
             search={"num_samples": 1},
             tracking={"enabled": False},
         )

@@ -17,6 +17,9 @@ import pytest
 from conftest import ROOT, winnow
 from optuna.trial import TrialState
 
+from cluster import files, paths
+from sweeps import loading
+
 KEYS = ["run_id", "name", "status", "wall_s", "dataset_hash", "base_model", "trials", "best_trial_id", "scores", "gate",
         "model"]  # fmt: skip
 TRIAL_KEYS = {"trial_id", "state", "reason", "params", "eval_loss", "steps", "trained_tokens", "seconds",
@@ -51,8 +54,9 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> 
         assert winnow("sweeps", command, result["run_id"]).returncode == 0
 
 
-def test_the_gate_rejects_with_status_3_and_registers_nothing(home: Path, definition, write) -> None:
+def test_the_gate_rejects_with_status_3_and_registers_nothing(home: Path, definition, all_formats, write) -> None:
     content = definition(
+        data={"sources": all_formats},
         gate={"min_score": 1.0},
         search={"num_samples": 1},
         tracking={"enabled": False},
@@ -144,10 +148,21 @@ def test_bad_data_stops_before_a_run_exists(home: Path, definition, write, tmp_p
     bad.write_text('{"messages": [{"role": "robot", "content": "x"}]}\n')
     done = winnow("sweeps", "run", write(definition(data={"sources": [{"path": str(bad)}]})), "--json")
     assert done.returncode == 2
-    assert done.stderr.strip().count("\n") == 0
-    assert "bad.jsonl:1" in done.stderr
-    assert "'robot'" in done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: data: 1 rows have a value that their format does not take (bad.jsonl 1); ")
+    assert "bad.jsonl:1: messages[0].role must be one of system, user, assistant, but got 'robot'" in last
     assert not (home / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(home: Path, definition) -> None:
+    run_id = "smoke-began-elsewhere"
+    begun = loading.parse(definition(), "sweep.yaml").model_dump(mode="json")
+    files.write_json(paths.sweep_file(run_id), begun)
+    files.write_json(paths.dataset_file(run_id), {"dataset_hash": "0123456789abcdef"})
+    done = winnow("sweeps", "resume", run_id)
+    assert done.returncode == 2
+    assert f"error: data: run '{run_id}' began with snapshot 0123456789abcdef, but its" in done.stderr.splitlines()[-1]
 
 
 def test_more_gpus_than_there_are(home: Path, definition, write) -> None:

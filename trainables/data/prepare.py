@@ -216,9 +216,7 @@ def _mix(groups: list[list[Example]], spec: DataSpec, account: Account) -> list[
         {"source": source.path, "tag": source.tag, "in": len(group), "out": len(left)}
         for source, group, left in zip(spec.sources, groups, mixed, strict=True)
     ]
-    before, after = sum(map(len, groups)), sum(map(len, mixed))
-    account.step("mix", before, after, sources=taken)
-    account.findings += quality.size(after, spec.min_examples)
+    account.step("mix", sum(map(len, groups)), sum(map(len, mixed)), sources=taken)
     return mixed
 
 
@@ -244,6 +242,7 @@ def _split(groups: list[list[Example]], spec: DataSpec, account: Account) -> dic
     random.Random(spec.seed + 1).shuffle(train)
     splits = {"train": train, "eval": everywhere[:evals] + no_test[:seen], "test": everywhere[evals : evals + tests]}
     total = sum(map(len, groups))
+    account.findings += quality.size(total, spec.min_examples)
     account.step("split", total, total, **{name: len(split) for name, split in splits.items()})
     _share(train, groups, spec, account)
     return splits
@@ -297,13 +296,13 @@ class _Encoded:
 
     def summary(self) -> dict[str, Any]:
         ordered = sorted(self.lengths)
-        labels = self.table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        labels = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in self.table["labels"].chunks]
         return {
             "examples": self.examples,
             "rows": self.table.num_rows,
             "answers": self.answers,
-            "tokens": len(labels),
-            "trained_tokens": int((labels != -100).sum()),
+            "tokens": sum(map(len, labels)),
+            "trained_tokens": sum(int((chunk != -100).sum()) for chunk in labels),
             "over_long": len(self.cut),
             "longest": ordered[-1] if ordered else 0,
             "median": ordered[len(ordered) // 2] if ordered else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class HubDataset:
         return digest.hexdigest()
 
     def rows(self) -> Numbered:
-        yield from enumerate(self.rows_of_it, 1)
+        yield from enumerate(map(_filled, self.rows_of_it), 1)
 
 
 Part = File | HubDataset
@@ -100,6 +101,7 @@ def _load_from_hub(spec: SourceSpec, place: str) -> Any:
 def _jsonl(path: Path) -> Numbered:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield number, _row(line)
 
@@ -125,4 +127,9 @@ def _parquet(path: Path) -> Numbered:
     for batch in file.iter_batches(batch_size=1000):
         for row in batch.to_pylist():
             number += 1
-            yield number, {name: value for name, value in row.items() if value is not None}
+            yield number, _filled(row)
+
+
+def _filled(row: Row) -> Row:
+    """A row without the columns that are empty in it: a table has every column in every row."""
+    return {name: value for name, value in row.items() if value is not None}

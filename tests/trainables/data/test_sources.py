@@ -54,3 +54,8 @@ def test_a_source_that_cannot_be_read(path: str, words: str, tmp_path: Path) -> 
     (tmp_path / "fake.parquet").write_text("no")
     with pytest.raises(ValueError, match=words):
         read(SourceSpec(path=str(tmp_path / path)))
+
+
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "windows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert [one.plain for one in read(SourceSpec(path=str(tmp_path / "windows.jsonl")))] == ["one", "two"]

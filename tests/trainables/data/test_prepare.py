@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trainables import base
@@ -102,3 +104,59 @@ def test_a_template_without_generation_markers(home: Path, tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         prepare.prepare(spec(home), tokenizer, completion_only=False)
+
+
+def mixed(home: Path, tmp_path: Path, **changes) -> DataSpec:
+    """Tickets, a plain text of many rows, and tasks, each a file of its own format."""
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "the quick fox jumps over the lazy dog " * 40}) + "\n")
+    sums = [{"prompt": f"{n} + {n}", "completion": str(2 * n), "task": "sum"} for n in range(1, 21)]
+    pq.write_table(pa.Table.from_pylist(sums), tmp_path / "sums.parquet")
+    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
+    others = (SourceSpec(path=str(tmp_path / name), splits="train", tag=tag)
+              for name, tag in (("book.jsonl", "plain"), ("sums.parquet", "tasks")))  # fmt: skip
+    return DataSpec(**{"sources": (tickets, *others), "max_length": 128, "min_examples": 50} | changes)
+
+
+def test_plain_text_goes_on_in_the_next_row_and_every_token_of_it_is_learned(home: Path, tokenizer, tmp_path) -> None:
+    made = prepare.prepare(mixed(home, tmp_path), tokenizer)
+    rows = [row for row in made.rows("train") if row["source"] == "book.jsonl:1"]
+    text = "the quick fox jumps over the lazy dog " * 40
+    assert len(rows) > 2
+    assert all(row["messages"] == [] and len(row["input_ids"]) <= 128 for row in rows)
+    assert all(row["input_ids"][0] == tokenizer.bos_token_id and row["labels"][0] == -100 for row in rows)
+    assert all(row["labels"][1:] == row["input_ids"][1:] for row in rows)
+    learned = [token for row in rows for token in row["input_ids"][1:]]
+    assert tokenizer.decode(learned) == text + "<|end|>"
+    train = made.manifest["splits"]["train"]
+    assert train["rows"] == train["examples"] + len(rows) - 1
+    assert train["answers"] == train["examples"] - 1
+    assert made.manifest["splits"]["train"]["over_long"] == 0
+
+
+def test_a_task_stands_before_its_prompt_in_what_is_trained(home: Path, tokenizer, tmp_path: Path) -> None:
+    made = prepare.prepare(mixed(home, tmp_path, task_prefixes={"sum": "Add up: "}), tokenizer)
+    prompts = {row["messages"][0]["content"] for row in made.rows("train") if row["source"].startswith("sums")}
+    assert prompts <= {f"Add up: {n} + {n}" for n in range(1, 21)}
+    assert len(prompts) > 5
+
+
+def test_every_step_and_every_source_is_in_the_manifest(home: Path, tokenizer, tmp_path: Path) -> None:
+    manifest = prepare.prepare(mixed(home, tmp_path), tokenizer).manifest
+    steps = [step["step"] for step in manifest["steps"]]
+    assert steps == ["read", "read", "read", "personal_data", "deduplicate", "mix", "split"]
+    assert [step["in"] for step in manifest["steps"][3:]] == [153, 153, *[manifest["steps"][4]["out"]] * 2]
+    for source, path in zip(manifest["sources"], ("tickets.jsonl", "book.jsonl", "sums.parquet"), strict=True):
+        assert source["name"] == path
+        assert len(source["sha256"]) == 64
+    assert sum(share["examples"] for share in manifest["shares"].values()) == manifest["splits"]["train"]["examples"]
+    assert sum(manifest["lengths"]["counts"]) == sum(split["rows"] for split in manifest["splits"].values())
+
+
+def test_only_plain_text_needs_no_chat_template(home: Path, tokenizer, tmp_path: Path) -> None:
+    words = Path(home / "sources" / "tickets" / "tickets.jsonl").read_text().splitlines()
+    texts = [json.dumps({"text": json.loads(line)["messages"][0]["content"]}) for line in words]
+    (tmp_path / "plain.jsonl").write_text("\n".join(texts))
+    tokenizer.chat_template = None
+    made = prepare.prepare(mixed(home, tmp_path, sources=(SourceSpec(path=str(tmp_path / "plain.jsonl")),)), tokenizer)
+    assert made.answers("test") == 0
+    assert made.count("test") > 5
