@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+from browser import CHROMIUM, look_at
 from conftest import ROOT, winnow
 from optuna.trial import TrialState
 
@@ -30,7 +31,7 @@ def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> None:
+def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write, tmp_path: Path) -> None:
     done = winnow("sweeps", "run", write(definition()), "--json")
     assert done.returncode == 0, done.stderr
     result = last_json(done)
@@ -40,6 +41,9 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write) -> 
     run_dir = home / "runs" / result["run_id"]
     assert json.loads((run_dir / "result.json").read_text()) == result
     assert "Slots over time" in (run_dir / "report.html").read_text()
+    if CHROMIUM:
+        seen = look_at(run_dir / "report.html", tmp_path / "browser")
+        assert (seen.complaints, seen.charts) == ([], 3), "learning curves, slots over time, parameters"
     record = json.loads((Path(result["model"]["path"]) / "record.json").read_text())
     assert record["dataset_hash"] == result["dataset_hash"]
     assert {"base_model", "params", "training", "scores", "gate", "packages", "git_commit"} <= set(record)

@@ -250,6 +250,7 @@ def _split(groups: list[list[Example]], spec: DataSpec, account: Account) -> dic
 
 def _share(train: list[Example], groups: list[list[Example]], spec: DataSpec, account: Account) -> None:
     """What part of the training split each tag has."""
+    # by identity: equal rows may stand in two sources
     tags = {id(example): source.tag for source, group in zip(spec.sources, groups, strict=True) for example in group}
     counts = Counter({source.tag: 0 for source in spec.sources})
     counts.update(tags[id(example)] for example in train)
@@ -269,7 +270,11 @@ def _encode(
     if any(example.messages for split in splits.values() for example in split):
         chat.check_template(tokenizer, completion_only)
     encoded = {name: _table(split, tokenizer, spec.max_length, completion_only) for name, split in splits.items()}
-    account.manifest["splits"] = {name: encoded[name].summary() for name in SPLITS}
+    summaries = account.manifest["splits"] = {name: encoded[name].summary() for name in SPLITS}
+    total = {
+        field: sum(one[field] for one in summaries.values()) for field in ("examples", "rows", "tokens", "over_long")
+    }
+    account.step("tokenise", total.pop("examples"), total.pop("rows"), **total)
     lengths = [length for name in SPLITS for length in encoded[name].lengths]
     counts, edges = np.histogram(lengths, bins=min(_BINS, max(lengths)))
     account.manifest["lengths"] = {"counts": counts.tolist(), "edges": [round(float(edge), 1) for edge in edges]}

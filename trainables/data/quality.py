@@ -18,7 +18,7 @@ Level = Literal["error", "warning", "info"]
 FEW = 500
 """Distinct examples below which a fine-tuned model is seldom worth its trials."""
 
-_SHOWN = 5
+_SHOWN, _RANGES = 5, 20
 _LABEL_LENGTH, _LABEL_KINDS = 40, 20
 """Answers are labels where nearly all are at most so long, and there are at most so many different ones."""
 
@@ -248,12 +248,14 @@ def _finding(check: str, level: Level, places: Sequence[str], message: str) -> F
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers in short: ``3, 7-9``."""
+    """Rising numbers in short, ``3, 7-9``, and where that is long still, how many more there are."""
     known = set(numbers)
     starts = [number for number in numbers if number - 1 not in known]
     ends = [number for number in numbers if number + 1 not in known]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+    pairs = list(zip(starts, ends, strict=True))
+    told = [str(start) if start == end else f"{start}-{end}" for start, end in pairs[:_RANGES]]
+    rest = sum(end - start + 1 for start, end in pairs[_RANGES:])
+    return ", ".join([*told, f"and {rest:,} more"] if rest else told)
 
 
 def _folded(text: str) -> str:

@@ -143,8 +143,8 @@ def test_a_task_stands_before_its_prompt_in_what_is_trained(home: Path, tokenize
 def test_every_step_and_every_source_is_in_the_manifest(home: Path, tokenizer, tmp_path: Path) -> None:
     manifest = prepare.prepare(mixed(home, tmp_path), tokenizer).manifest
     steps = [step["step"] for step in manifest["steps"]]
-    assert steps == ["read", "read", "read", "personal_data", "deduplicate", "mix", "split"]
-    assert [step["in"] for step in manifest["steps"][3:]] == [153, 153, *[manifest["steps"][4]["out"]] * 2]
+    assert steps == ["read", "read", "read", "personal_data", "deduplicate", "mix", "split", "tokenise"]
+    assert [step["in"] for step in manifest["steps"][3:]] == [153, 153, *[manifest["steps"][4]["out"]] * 3]
     for source, path in zip(manifest["sources"], ("tickets.jsonl", "book.jsonl", "sums.parquet"), strict=True):
         assert source["name"] == path
         assert len(source["sha256"]) == 64
