@@ -70,6 +70,16 @@ def test_the_base_cannot_and_the_winner_can(result) -> None:
     assert result["scores"]["base"]["general_exact_match"] > 0.9
 
 
+def test_its_last_lines_say_where_to_read_about_data_and_run(quickstart, result) -> None:
+    lines = quickstart["done"].stderr.splitlines()
+    (data,) = {line.removeprefix("data: ") for line in lines if re.fullmatch(r"data: .*\.html", line)}
+    report = [line.removeprefix("report: ") for line in lines if line.startswith("report: ")][-1]
+    assert Path(data).name == f"{result['dataset_hash']}.html"
+    assert Path(report).parent.name == result["run_id"]
+    assert Path(data).exists()
+    assert Path(report).exists()
+
+
 def test_trials_differ_and_poor_ones_are_pruned_in_both_records(quickstart, result) -> None:
     states = [trial["state"] for trial in result["trials"]]
     assert len(states) >= 12
