@@ -1,4 +1,4 @@
-"""``python -m sweeps``: validate, data, plan, run, resume, status, report, submit, promote, schema.
+"""``python -m sweeps``: validate, data, plan, run, resume, status, report, promote, gate, submit, schema.
 
 Heavy imports stay inside the commands that need them, so that ``validate`` answers at once.
 """
@@ -138,6 +138,21 @@ def promote(arguments: argparse.Namespace) -> int:
     return _finish(arguments, promote_trial(arguments.run, arguments.trial))
 
 
+def gate(arguments: argparse.Namespace) -> int:
+    from sweeps import promotion
+    from sweeps.run import stored_definition
+
+    definition = stored_definition(arguments.run)
+    if arguments.limits:
+        limits = loading.load(arguments.limits)
+        definition = definition.model_copy(update={"gate": limits.gate, "evaluation": limits.evaluation})
+    verdict = promotion.judge_again(arguments.run, definition).as_result()
+    _say_checks(verdict)
+    say(f"gate: {verdict['verdict']}")
+    answer(arguments, {"run_id": arguments.run, "gate": verdict})
+    return DONE if verdict["verdict"] == "ACCEPT" else REJECTED
+
+
 def submit(arguments: argparse.Namespace) -> int:
     loading.load(arguments.definition)
     from sweeps import jobs
@@ -158,9 +173,7 @@ def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     """Say how a run ended and what to do next; its exit status."""
     from cluster import paths
 
-    for check in (result["gate"] or {"checks": []})["checks"]:
-        passed = "passed" if check["passed"] else "FAILED"
-        say(f"gate: {passed}  {check['name']} {check['value']} (limit {check['limit']})")
+    _say_checks(result["gate"] or {"checks": []})
     if result["dataset_hash"]:
         say(f"data: {paths.data_page(result['dataset_hash'])}")
     if result["trials"]:
@@ -176,6 +189,12 @@ def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     say(line)
     answer(arguments, result)
     return code
+
+
+def _say_checks(verdict: dict[str, Any]) -> None:
+    for check in verdict["checks"]:
+        passed = "passed" if check["passed"] else "FAILED"
+        say(f"gate: {passed}  {check['name']} {check['value']} (limit {check['limit']})")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(promote, "gate and register one trial of a run")
     command.add_argument("run", metavar="RUN")
     command.add_argument("--trial", metavar="ID", help="default: the run's best")
+    command = add(gate, "judge a scored run again, without training; for use in CI")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--limits", type=Path, metavar="DEF", help="a definition whose gate section to judge by")
     command = add(submit, "run a sweep as a job on a Ray cluster")
     command.add_argument("definition", type=Path, metavar="DEF")
     command.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://host:8265")

@@ -12,11 +12,13 @@ from cluster import paths
 from cluster.command import say
 from sweeps import pages
 from sweeps.definition import SweepDefinition
-from trainables import base
+from trainables import answers, base, metrics
 from trainables.data import prepare
 from trainables.data.snapshot import Snapshot, summary_line
 
 _PAIRS_SHOWN = 20
+_ENOUGH = 100
+"""Answers that show which metrics there are."""
 
 
 def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
@@ -30,13 +32,28 @@ def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
         data = prepare.accepted(manifest, made, log)
     except ValueError as error:
         raise ValueError(f"{error}; all of it: {paths.data_page(manifest['dataset_hash'])}") from None
-    if not data.answers("test"):
-        raise ValueError(
-            f"gate.metric: {definition.gate.metric} compares answers, but no example of the test split has one; "
-            "add a source with answers, or let one that has them go into all splits"
-        )
+    _check_gate(definition, data)
     log(summary_line(data))
     return data
+
+
+def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:
+    """The gate's metric is one that answers such as the test split's have."""
+    metric, test = definition.gate.metric, data.rows("test")
+    expected = [row["messages"][-1]["content"] for row in test if row["messages"]]
+    if not data.answers("test"):
+        raise ValueError(
+            f"gate.metric: {metric} compares answers, but no example of the test split has one; "
+            "add a source with answers, or let one that has them go into all splits"
+        )
+    kind = answers.kind_of(expected)
+    perfect = [metrics.Answer("", text, text) for text in expected[:_ENOUGH]]
+    there = metrics.measure(kind, perfect, definition.evaluation.json_fields)
+    if metric not in there:
+        able = [name for name in there if there[name] > 0]
+        raise ValueError(
+            f"gate.metric: must be one of {', '.join(able)}, as the test split's answers are {kind}, but got {metric!r}"
+        )
 
 
 def examined(definition: SweepDefinition, log: prepare.Log = say) -> tuple[dict[str, Any], Snapshot | None]:
@@ -86,4 +103,4 @@ def _lengths(lengths: dict[str, list[float]], limit: int) -> str:
         xaxis_title="tokens",
         yaxis_title="examples",
     )
-    return figure.to_html(full_html=False, include_plotlyjs=True, config={"responsive": True})
+    return pages.chart(figure)

@@ -108,17 +108,39 @@ class SchedulerSpec(Spec):
     reduction_factor: Annotated[float, Field(gt=1)] = 3
 
 
+METRICS = ("exact_match", "accuracy", "precision", "recall", "f1", "json_validity", "field_accuracy",
+           "rouge1", "rouge2", "rougeL", "bleu")  # fmt: skip
+"""What a winner can be judged by. Which of them there are follows from the kind of task."""
+
+Share = Annotated[float, Field(ge=-1, le=1)]
+
+
 class GateSpec(Spec):
     """What the winner has to reach to be registered."""
 
-    metric: Literal["exact_match", "json_validity"] = "exact_match"
+    metric: str = Field(
+        "exact_match", description=f"One of {', '.join(METRICS)}, or field_accuracy.FIELD of a JSON answer."
+    )
     min_score: Fraction = 0.5
-    min_gain: Annotated[float, Field(ge=-1, le=1)] = Field(0.02, description="Over the base, same metric.")
+    min_gain: Share = Field(0.02, description="Over the base, same metric.")
+    min_gain_over_few_shot: Share = Field(0.0, description="Over the base with a few-shot prompt.")
+    min_gain_over_production: Share = Field(0.0, description="Over the model's production version, where there is one.")
+    significant: bool = Field(True, description="Whether each gain's interval has to lie above zero.")
+    max_latency_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Seconds an answer, in batches, on the device that scores."
+    )
     max_general_loss: Fraction = Field(0.05, description="Exact match lost on the general set.")
     max_merge_loss_difference: Annotated[float, Field(ge=0)] = Field(
         0.05, description="Between the merged model's eval loss and the adapter's, in nats a token."
     )
     min_merge_agreement: Fraction = Field(0.95, description="Share of greedy answers equal before and after merging.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str) -> str:
+        if metric not in METRICS and not metric.startswith("field_accuracy."):
+            raise ValueError(f"must be one of {', '.join(METRICS)} or field_accuracy.FIELD, but got {metric!r}")
+        return metric
 
 
 class ResourcesSpec(Spec):

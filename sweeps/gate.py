@@ -1,12 +1,18 @@
-"""The gate: scores and limits in, verdict out. Pure."""
+"""The gate: scores, gains and limits in, verdict out. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sweeps.definition import GateSpec
+
+Scores = Mapping[str, Mapping[str, float]]
+"""By contestant, by metric."""
+
+Gains = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Of the winner over each other contestant, by metric: ``gain``, and ``low`` and ``high`` of its interval."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,23 @@ class Gate:
         return {"verdict": self.verdict, "checks": [asdict(check) for check in self.checks]}
 
 
-def judge(spec: GateSpec, base: Mapping[str, float], winner: Mapping[str, float]) -> Gate:
-    """The winner's scores against the limits and the base's scores; the general set only where both have it."""
-    value = winner[spec.metric]
-    checks = [
-        _at_least(f"{spec.metric}", value, spec.min_score),
-        _at_least(f"{spec.metric}_gain", value - base[spec.metric], spec.min_gain),
-    ]
-    if "general_exact_match" in base and "general_exact_match" in winner:
-        lost = base["general_exact_match"] - winner["general_exact_match"]
+def judge(spec: GateSpec, scores: Scores, gains: Gains) -> Gate:
+    """The winner against the limits and against every other contestant that there is."""
+    winner = scores["winner"]
+    checks = [_at_least(spec.metric, winner[spec.metric], spec.min_score)]
+    least = {
+        "base": spec.min_gain,
+        "few_shot": spec.min_gain_over_few_shot,
+        "production": spec.min_gain_over_production,
+    }
+    for other, limit in least.items():
+        if other in gains:
+            checks += _gain(spec, other, gains[other][spec.metric], limit)
+    if "general_exact_match" in winner and "general_exact_match" in scores["base"]:
+        lost = scores["base"]["general_exact_match"] - winner["general_exact_match"]
         checks.append(_at_most("general_loss", lost, spec.max_general_loss))
+    if spec.max_latency_s is not None:
+        checks.append(_at_most("latency_s", winner["latency_s"], spec.max_latency_s))
     return Gate(tuple(checks))
 
 
@@ -55,6 +68,15 @@ def judge_merge(spec: GateSpec, before: Gate, loss_difference: float, agreement:
             _at_least("merge_agreement", agreement, spec.min_merge_agreement),
         )
     )
+
+
+def _gain(spec: GateSpec, other: str, gain: Mapping[str, float], limit: float) -> Iterator[Check]:
+    """Enough of it, and more than chance could give."""
+    name = f"{spec.metric}_gain" if other == "base" else f"{spec.metric}_gain_over_{other}"
+    yield _at_least(name, gain["gain"], limit)
+    if spec.significant:
+        low = round(gain["low"], 6)
+        yield Check(f"{name}_low", low, 0.0, low > 0)
 
 
 def _at_least(name: str, value: float, limit: float) -> Check:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from plotly.offline import get_plotlyjs
 
 from cluster import files
 
@@ -20,8 +21,14 @@ def write(path: Path, template: str, **values: Any) -> Path:
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["jinja", "html"]))
     environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
     environment.filters["details"] = _details
-    files.write_text(path, environment.get_template(f"{template}.html.jinja").render(**values))
+    page = environment.get_template(f"{template}.html.jinja").render(plotly=get_plotlyjs(), **values)
+    files.write_text(path, page)
     return path
+
+
+def chart(figure: Any) -> str:
+    """A plotly figure as a piece of a page; ``page.html.jinja`` brings plotly's code once for all of them."""
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
 
 
 def differences(left: str, right: str) -> tuple[Runs, Runs]:

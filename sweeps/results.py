@@ -24,6 +24,8 @@ class Outcome:
     trials: list[dict[str, Any]] = field(default_factory=list)
     best_trial_id: str | None = None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    gains: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Of the winner over each other contestant, by metric, with the interval."""
     gate: Gate | None = None
     model: dict[str, str] | None = None
     error: str | None = None
@@ -40,6 +42,7 @@ class Outcome:
             "trials": self.trials,
             "best_trial_id": self.best_trial_id,
             "scores": self.scores,
+            "gains": self.gains,
             "gate": self.gate.as_result() if self.gate else None,
             "model": self.model,
         }

@@ -62,7 +62,7 @@ def _prove(definition: SweepDefinition, outcome: Outcome, trial: dict[str, Any],
     from sweeps import promotion
 
     promoted = promotion.promote(definition, outcome.run_id, trial, data, log)
-    outcome.scores, outcome.gate = promoted.scores, promoted.gate
+    outcome.scores, outcome.gains, outcome.gate = promoted.scores, promoted.gains, promoted.gate
     outcome.status = "accepted" if promoted.version else "rejected"
     if promoted.version:
         found = promoted.version

@@ -14,6 +14,7 @@ from browser import look_at, needs_browser
 from conftest import winnow
 from poisoned import PERSONAL, PLANTED, plant
 
+from sweeps import dataset, loading
 from sweeps.__main__ import main
 
 
@@ -118,6 +119,19 @@ def test_the_page_in_a_browser(home: Path, poisoned, data, tmp_path: Path) -> No
     assert seen.charts == 1
     assert seen.document.count('<pre class="example">') == 10
     assert seen.document.count("<mark>") >= 10
+
+
+def test_the_gates_metric_has_to_fit_the_answers(home: Path, definition, all_formats) -> None:
+    for metric in ("f1", "field_accuracy.colour"):
+        told = rf"must be one of .*field_accuracy\.urgency.* answers are extraction, but got '{metric}'"
+        with pytest.raises(ValueError, match=told):
+            dataset.prepared(loading.parse(definition(gate={"metric": metric}), "sweep.yaml"))
+    dataset.prepared(loading.parse(definition(gate={"metric": "field_accuracy.urgency"}), "sweep.yaml"))
+    plain = Path(all_formats[1]["path"])
+    plain.write_text("\n".join(json.dumps({"text": f"a text of its own, number {n * 7919}"}) for n in range(80)))
+    only_plain = loading.parse(definition(data={"sources": [{"path": str(plain)}]}), "sweep.yaml")
+    with pytest.raises(ValueError, match="exact_match compares answers, but no example of the test split has one"):
+        dataset.prepared(only_plain)
 
 
 def test_good_data_raises_no_alarm(home: Path, definition, data) -> None:

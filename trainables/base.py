@@ -67,6 +67,14 @@ def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
     return model.eval()
 
 
+def load_merged(spec: BaseModelSpec, directory: str) -> PreTrainedModel:
+    """A merged model on disk, in the definition's compute type."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=compute_dtype(spec), device_map={"": device()}, use_safetensors=True
+    )
+    return model.eval()
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

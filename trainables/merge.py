@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from trainables import base, scoring
+from trainables import base, metrics, scoring
 from trainables.data import snapshot
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
@@ -59,16 +58,14 @@ def check_parity(
     adapter_loss = scoring.mean_loss(with_adapter, tokenizer, rows, evaluation.batch_size)
     adapter_answers = scoring.answer(with_adapter, tokenizer, rows, evaluation)
     del with_adapter
-    alone = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=base.compute_dtype(spec), device_map={"": base.device()}
-    ).eval()
+    alone = base.load_merged(spec, merged)
     merged_loss = scoring.mean_loss(alone, tokenizer, rows, evaluation.batch_size)
     merged_answers = scoring.answer(alone, tokenizer, rows, evaluation)
     return Parity(
         adapter_loss=round(adapter_loss, 6),
         merged_loss=round(merged_loss, 6),
         loss_difference=round(abs(merged_loss - adapter_loss), 6),
-        agreement=scoring.agreement(adapter_answers, merged_answers),
+        agreement=metrics.agreement(adapter_answers, merged_answers),
         prompts=len(rows),
     )
 

@@ -1,11 +1,12 @@
-"""Scores of a model: loss and perplexity over labelled tokens, exact match and JSON validity of greedy answers."""
+"""Scores of the contestants: loss over labelled tokens, and what their greedy answers are worth."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +14,120 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
-from trainables import base
+from trainables import base, metrics
+from trainables.answers import Kind, kind_of
 from trainables.data import snapshot
 from trainables.data.chat import prompt_ids
+from trainables.data.formats import Messages
+from trainables.metrics import Answer
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What was asked, what should have come, what came."""
-
-    prompt: str
-    expected: str
-    answer: str
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Scores:
     """A contestant on the test split, and on the general set where there is one."""
 
+    kind: Kind
     metrics: dict[str, float]
     answers: list[Answer]
-    general_answers: list[Answer]
+    general_answers: list[Answer] = field(default_factory=list)
+    shots: int = 0
+    """Examples that stood before each prompt."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Scores:
+        """What ``as_dict`` gave."""
+        sets = {name: [Answer(**one) for one in stored[name]] for name in ("answers", "general_answers")}
+        return cls(**stored | sets)
 
-def score(
-    spec: BaseModelSpec,
-    dataset: str,
-    evaluation: EvaluationSpec,
-    adapter: str | None,
-    log: Callable[[str], None] = lambda _: None,
-) -> Scores:
-    """The base, or the base with an adapter, on the snapshot in ``dataset``.
+
+def score_base(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec) -> dict[str, Scores]:
+    """The base, and, where ``evaluation.few_shot`` is not 0, the same with a few examples before each prompt.
+
+    A few-shot prompt is what fine-tuning has to beat; it is asked the test split alone.
+    """
+    model, tokenizer, data = base.load_model(spec), base.load_tokenizer(spec), snapshot.load(Path(dataset))
+    contestants = {"base": score_model(model, tokenizer, data, evaluation)}
+    if shots := few_shot(model, tokenizer, data, evaluation):
+        test = data.rows("test")
+        answers = answer(model, tokenizer, test, evaluation, shots)
+        kind = contestants["base"].kind
+        measured = metrics.measure(kind, answers, evaluation.json_fields)
+        contestants["few_shot"] = Scores(kind, measured, answers, shots=len(shots) // 2)
+    return contestants
+
+
+def score_adapter(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, adapter: str) -> Scores:
+    """The base with an adapter in PEFT's format."""
+    model = PeftModel.from_pretrained(base.load_model(spec), adapter).eval()
+    return score_model(model, base.load_tokenizer(spec), snapshot.load(Path(dataset)), evaluation)
+
+
+def score_merged(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, directory: str) -> Scores:
+    """A registered version's merged weights, as they are served."""
+    model = base.load_merged(spec, directory)
+    return score_model(model, base.load_tokenizer(spec), snapshot.load(Path(dataset)), evaluation)
+
+
+def score_model(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> Scores:
+    """A model that is loaded already.
 
     ``loss`` is the mean negative log likelihood, in nats, of the test split's labelled tokens; ``perplexity`` its
-    exponential; ``exact_match`` and ``json_validity`` shares of greedy answers; ``general_exact_match`` the same on
-    the general set.
+    exponential; ``general_exact_match`` the share of right answers on the general set; the others are the metrics of
+    the test split's kind of task.
     """
-    model: Any = base.load_model(spec)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    return score_model(model, base.load_tokenizer(spec), snapshot.load(Path(dataset)), evaluation, log)
-
-
-def score_model(
-    model: Any,
-    tokenizer: Any,
-    data: snapshot.Snapshot,
-    evaluation: EvaluationSpec,
-    log: Callable[[str], None] = lambda _: None,
-) -> Scores:
-    """``score`` of a model that is loaded already."""
     test, general = data.rows("test"), data.rows("general")
     loss = mean_loss(model, tokenizer, test, evaluation.batch_size)
-    log(f"answering {len(test)} test and {len(general)} general prompts")
     answers = answer(model, tokenizer, test, evaluation)
     general_answers = answer(model, tokenizer, general, evaluation)
-    metrics = {
-        "loss": round(loss, 6),
-        "perplexity": round(math.exp(min(loss, 50)), 6),
-        "exact_match": exact_match(answers),
-        "json_validity": json_validity(answers, evaluation.json_fields),
-    }
+    kind = kind_of([one.expected for one in answers])
+    measured = {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 50)), 6)}
+    measured |= metrics.measure(kind, answers, evaluation.json_fields)
     if general_answers:
-        metrics["general_exact_match"] = exact_match(general_answers)
-    return Scores(metrics, answers, general_answers)
+        measured["general_exact_match"] = metrics.exact_match(general_answers)
+    return Scores(kind, measured, answers, general_answers)
+
+
+def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> Messages:
+    """Examples of the training split to stand before each prompt, as turns of the conversation.
+
+    They come from files that the test split has examples of too, drawn by seed; as many as the model's positions hold
+    beside the longest prompt and its answer.
+    """
+    test = _answered(data.rows("test"))
+    files = {_file(row) for row in test}
+    able = [row for row in _answered(data.rows("train")) if _file(row) in files]
+    chosen = random.Random(evaluation.seed).sample(able, min(evaluation.few_shot, len(able)))
+    longest = max(len(prompt_ids(tokenizer, row["messages"])) for row in test) + evaluation.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    shots: Messages = []
+    for row in chosen:
+        turns = [message for message in row["messages"] if message["role"] != "system"]
+        longest += len(prompt_ids(tokenizer, [*turns, {"role": "user", "content": ""}]))
+        if longest > room:
+            break
+        shots += turns
+    return shots
+
+
+def _file(row: dict[str, Any]) -> str:
+    return row["source"].rpartition(":")[0]
+
+
+def _answered(rows: Rows) -> list[dict[str, Any]]:
+    """Rows in which the assistant has the last word; there is nothing to compare an answer to in others."""
+    return [row for row in rows if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"]
+
+
+def _with_shots(messages: Messages, shots: Messages) -> Messages:
+    """Shots come after what the system says."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    return [*system, *shots, *messages[len(system) :]]
 
 
 @torch.inference_mode()
@@ -96,59 +143,39 @@ def mean_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], evaluation: EvaluationSpec) -> list[Answer]:
+def answer(
+    model: Any, tokenizer: Any, rows: Rows, evaluation: EvaluationSpec, shots: Messages | None = None
+) -> list[Answer]:
     """Greedy answers to each row's last user turn, in the rows' order; rows without an answer are passed over."""
-    rows = [row for row in rows if row["messages"] and row["messages"][-1]["role"] == "assistant"]
-    prompts = [prompt_ids(tokenizer, row["messages"]) for row in rows]
+    rows = _answered(rows)
+    prompts = [prompt_ids(tokenizer, _with_shots(row["messages"], shots or [])) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    texts: dict[int, str] = {}
+    made: dict[int, Answer] = {}
     for batch in _batches(order, evaluation.batch_size):
-        inputs = tokenizer.pad(
-            {"input_ids": [prompts[index] for index in batch]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        made = model.generate(
-            **inputs,
-            max_new_tokens=evaluation.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for index, tokens in zip(batch, made[:, inputs["input_ids"].shape[1] :], strict=True):
-            texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
-    return [
-        Answer(row["messages"][-2]["content"], row["messages"][-1]["content"], texts[index])
-        for index, row in enumerate(rows)
-    ]
+        started = time.perf_counter()
+        generated = _generate(model, tokenizer, [prompts[index] for index in batch], evaluation.max_new_tokens)
+        seconds = (time.perf_counter() - started) / len(batch)
+        for index, tokens in zip(batch, generated, strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            prompt, expected = (message["content"] for message in rows[index]["messages"][-2:])
+            count = int((tokens != tokenizer.pad_token_id).sum())
+            made[index] = Answer(prompt, expected, text, count, round(seconds, 4))
+    return [made[index] for index in range(len(rows))]
 
 
-def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers equal to what was expected, white space at both ends aside."""
-    if not answers:
-        return 0.0
-    return round(sum(one.answer.strip() == one.expected.strip() for one in answers) / len(answers), 6)
-
-
-def json_validity(answers: Sequence[Answer], fields: Sequence[str] | None) -> float:
-    """Share of answers that are a JSON object, with exactly ``fields`` as keys where they are given."""
-    if not answers:
-        return 0.0
-    return round(sum(_is_valid_json(one.answer, fields) for one in answers) / len(answers), 6)
-
-
-def agreement(left: Sequence[Answer], right: Sequence[Answer]) -> float:
-    """Share of prompts to which two models gave the same answer."""
-    pairs = list(zip(left, right, strict=True))
-    return round(sum(one.answer == other.answer for one, other in pairs) / len(pairs), 6) if pairs else 1.0
-
-
-def _is_valid_json(text: str, fields: Sequence[str] | None) -> bool:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and (fields is None or set(value) == set(fields))
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> torch.Tensor:
+    """Greedy tokens after each prompt, [prompts, longest answer]."""
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    made = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return made[:, inputs["input_ids"].shape[1] :]
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -191,10 +191,18 @@ class TrainingSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """How the winner and the base are scored after the search."""
+    """How the contestants are scored after the search: base, base with a few-shot prompt, winner, production."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 32
     json_fields: tuple[str, ...] | None = Field(
         None, description="Keys that a valid JSON answer has, all and no other; None: any JSON object is valid."
     )
+    few_shot: Annotated[int, Field(ge=0)] = Field(
+        3, description="Examples before each prompt of the few-shot base; 0 leaves that contestant out."
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        0.95, description="Of the intervals of gains, from a paired bootstrap over the test split's prompts."
+    )
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    seed: int = 0

@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.visualization import plot_intermediate_values, plot_parallel_coordinate
 
 from cluster import files, paths
+from sweeps import pages
 from sweeps.search import study as studies
 from sweeps.search.study import TrialRecord
 
@@ -20,10 +21,7 @@ _COLOURS = {"COMPLETE": "#2a7f4f", "PRUNED": "#c9a227", "FAILED": "#b03a2e", "RU
 
 
 def draw(run_id: str) -> list[str]:
-    """Learning curves of all trials, who held which slot, and parallel coordinates of the completed trials.
-
-    The first piece brings plotly's code.
-    """
+    """Learning curves of all trials, who held which slot, and parallel coordinates of the completed trials."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(paths.study_file(run_id))))
     study = optuna.load_study(study_name=run_id, storage=storage)
@@ -32,12 +30,7 @@ def draw(run_id: str) -> list[str]:
         figures.append(_slots(files.read_json(paths.engines_file(run_id)), studies.records(study)))
     if sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials) > 1:
         figures.append(plot_parallel_coordinate(study).update_layout(title="Parameters and eval loss"))
-    return [
-        figure.update_layout(**_LAYOUT).to_html(
-            full_html=False, include_plotlyjs=index == 0, config={"responsive": True}
-        )
-        for index, figure in enumerate(figures)
-    ]
+    return [pages.chart(figure.update_layout(**_LAYOUT)) for figure in figures]
 
 
 def _learning_curves(study: optuna.Study) -> go.Figure:

@@ -52,6 +52,11 @@ WRONG = {
     "replicas": (
         {"serving": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 1}}}, ["min_replicas", "max_replicas=1"],
     ),
+    "unknown metric": ({"gate": {"metric": "rouge"}}, ["gate.metric", "rougeL", "'rouge'"]),
+    "tag that no source has": ({"data": {"shares": {"synthetic": {"max": 0.3}}}}, ["shares.synthetic"]),
+    "hub data without revision": (
+        {"data": {"sources": [{"path": "org/rows"}]}}, ["data.sources.0.revision", "org/rows"],
+    ),
     "backend in space": (
         {"search": {"space": {"backend": {"choices": ["solo"]}}, "points_to_evaluate": []}}, ["search.space.backend"],
     ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from trainables import base, merge, scoring, solo
 from trainables.contract import TrialConfig
 from trainables.data import prepare, snapshot
-from trainables.scoring import Answer
 from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
 
 
@@ -52,24 +52,31 @@ def test_answers_do_not_depend_on_the_batch(spec, data) -> None:
 
 
 def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -> None:
-    scores = scoring.score(spec, str(data.directory), EvaluationSpec(max_new_tokens=4), None)
-    assert set(scores.metrics) == {"loss", "perplexity", "exact_match", "json_validity", "general_exact_match"}
+    contestants = scoring.score_base(spec, str(data.directory), EvaluationSpec(max_new_tokens=4))
+    assert list(contestants) == ["base", "few_shot"]
+    scores, few_shot = contestants["base"], contestants["few_shot"]
+    assert scores.kind == "extraction"
+    assert {"loss", "perplexity", "exact_match", "json_validity", "field_accuracy", "field_accuracy.urgency",
+            "general_exact_match", "answer_tokens", "latency_s"} <= set(scores.metrics)  # fmt: skip
     assert scores.metrics["perplexity"] == pytest.approx(math.exp(scores.metrics["loss"]), rel=1e-4)
+    assert 0 < scores.metrics["answer_tokens"] <= 4
     assert len(scores.general_answers) == data.count("general")
+    assert few_shot.shots == 3
+    assert [one.prompt for one in few_shot.answers] == [one.prompt for one in scores.answers]
+    assert scoring.Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
 
-def test_exact_match_and_json_validity() -> None:
-    answers = [Answer("p", '{"a": 1}', text) for text in ('{"a": 1}', ' {"a": 1}\n', '{"a": 2}', "[1]", "{")]
-    assert scoring.exact_match(answers) == 0.4
-    assert scoring.json_validity(answers, None) == 0.6
-    assert scoring.json_validity(answers, ["a", "b"]) == 0.0
-    assert scoring.exact_match([]) == 0.0
-
-
-def test_agreement_is_over_prompts() -> None:
-    left = [Answer("p", "", text) for text in "abcd"]
-    right = [Answer("p", "", text) for text in "abcx"]
-    assert scoring.agreement(left, right) == 0.75
+def test_shots_stand_before_the_prompt_and_after_the_system(spec, data) -> None:
+    model, tokenizer = base.load_model(spec), base.load_tokenizer(spec)
+    shots = scoring.few_shot(model, tokenizer, data, EvaluationSpec(few_shot=2, max_new_tokens=8))
+    assert [message["role"] for message in shots] == ["user", "assistant"] * 2
+    trained = [row["messages"] for row in data.rows("train")]
+    assert [shots[:2] in trained, shots[2:] in trained] == [True, True]
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert scoring._with_shots(asked, shots) == [asked[0], *shots, asked[1]]
+    model.config.max_position_embeddings = 160
+    fewer = scoring.few_shot(model, tokenizer, data, EvaluationSpec(few_shot=2, max_new_tokens=8))
+    assert fewer == shots[:2], "as many as its positions hold"
 
 
 def test_a_merged_model_answers_as_its_adapter_and_a_wrong_one_is_seen(spec, data, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from trainables.answers import LABEL_LENGTH, are_labels, folded, json_object, mostly
 from trainables.data.formats import Example, WrongRow
 from trainables.spec import DataSpec
 
@@ -19,14 +19,8 @@ FEW = 500
 """Distinct examples below which a fine-tuned model is seldom worth its trials."""
 
 _SHOWN, _RANGES = 5, 20
-_LABEL_LENGTH, _LABEL_KINDS = 40, 20
-"""Answers are labels where nearly all are at most so long, and there are at most so many different ones."""
-
 _RARE = 0.1
 """A class is rare where it has less than this share of the most common one."""
-
-_USUAL = 0.9
-"""What this share of a file's answers do (parse as JSON, end with a mark), the others are expected to do."""
 
 _SURE, _LETTERS = 0.95, 30
 """A language counts where the identifier is so sure of it, of texts with at least so many letters."""
@@ -125,10 +119,10 @@ def check(examples: Sequence[Example]) -> Iterator[Finding]:
 
 def contradictions(examples: Iterable[Example]) -> Iterator[Finding]:
     """The same input, answered in different ways; case and white space do not count."""
-    asked = _by((example for example in examples if example.answer is not None), lambda one: _folded(one.prompt))
+    asked = _by((example for example in examples if example.answer is not None), lambda one: folded(one.prompt))
     places = []
     for group in asked.values():
-        answers = {_folded(example.answer or ""): example for example in group}
+        answers = {folded(example.answer or ""): example for example in group}
         if len(answers) > 1:
             places.append(", ".join(f"{one.place} {_short(one.answer or '')!r}" for one in list(answers.values())[:3]))
     if places:
@@ -137,9 +131,9 @@ def contradictions(examples: Iterable[Example]) -> Iterator[Finding]:
 
 def truncated(name: str, examples: Sequence[Example]) -> Iterator[Finding]:
     """Answers that stop early: broken JSON where the others are JSON, an open code fence, no mark at the end."""
-    is_json = [_json_object(example.answer or "") is not None for example in examples]
+    is_json = [json_object(example.answer or "") is not None for example in examples]
     ends = [_ends_well(example.answer or "") for example in examples]
-    mostly_json, mostly_ended = _mostly(is_json), _mostly(ends)
+    mostly_json, mostly_ended = mostly(is_json), mostly(ends)
     places = [
         f"{example.place}: {_tail(example.answer or '')!r}"
         for example, parses, ended in zip(examples, is_json, ends, strict=True)
@@ -153,17 +147,17 @@ def casing(name: str, values: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """Labels that differ in case or white space alone: the less common writings."""
     groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for _, value in values:
-        groups[_folded(value)][value] += 1
+        groups[folded(value)][value] += 1
     odd = {value for writings in groups.values() for value, _ in writings.most_common()[1:]}
     places = [f"{place}: {value!r}" for place, value in values if value in odd]
     if places:
-        usual = ", ".join(sorted({repr(groups[_folded(value)].most_common(1)[0][0]) for value in odd}))
+        usual = ", ".join(sorted({repr(groups[folded(value)].most_common(1)[0][0]) for value in odd}))
         yield _finding("label_casing", "warning", places, f"labels of {name} are usually written {usual}")
 
 
 def balance(name: str, values: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """How often each label comes, and which are rare."""
-    counts = Counter(_folded(value) for _, value in values).most_common()
+    counts = Counter(folded(value) for _, value in values).most_common()
     if len(counts) < 2:
         return
     rare = [label for label, count in counts if count < _RARE * counts[0][1]]
@@ -196,21 +190,16 @@ def size(examples: int, least: int) -> Iterator[Finding]:
 
 def _labels(examples: Sequence[Example]) -> dict[str, list[tuple[str, str]]]:
     """By field of a JSON answer, or ``answer`` itself: place and value, where the values are labels."""
-    parsed = [(example.place, _json_object(example.answer or "")) for example in examples]
+    parsed = [(example.place, json_object(example.answer or "")) for example in examples]
     fields: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    if _mostly([value is not None for _, value in parsed]):
+    if mostly([value is not None for _, value in parsed]):
         for place, value in parsed:
             for name, text in (value or {}).items():
                 fields[name] += [(place, text)] if isinstance(text, str) else []
     else:
         fields["answer"] = [(example.place, example.answer or "") for example in examples]
-    short = {name: [one for one in values if len(one[1]) <= _LABEL_LENGTH] for name, values in fields.items()}
-    return {name: values for name, values in short.items() if _are_labels(values, len(fields[name]))}
-
-
-def _are_labels(short: Sequence[tuple[str, str]], of: int) -> bool:
-    kinds = {_folded(value) for _, value in short}
-    return len(short) >= _USUAL * of and len(kinds) <= min(_LABEL_KINDS, len(short) / 5)
+    labels = {name: values for name, values in fields.items() if are_labels([value for _, value in values])}
+    return {name: [one for one in values if len(one[1]) <= LABEL_LENGTH] for name, values in labels.items()}
 
 
 def _language(identifier: Any, text: str) -> str | None:
@@ -220,20 +209,8 @@ def _language(identifier: Any, text: str) -> str | None:
     return language if probability >= _SURE else None
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _ends_well(answer: str) -> bool:
     return answer.rstrip()[-1:] in tuple(".!?…\"')]}`。！？:;")
-
-
-def _mostly(flags: Sequence[bool]) -> bool:
-    return sum(flags) >= _USUAL * len(flags) > 0
 
 
 def _by(examples: Iterable[Example], key: Callable[[Example], str]) -> dict[str, list[Example]]:
@@ -256,10 +233,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     told = [str(start) if start == end else f"{start}-{end}" for start, end in pairs[:_RANGES]]
     rest = sum(end - start + 1 for start, end in pairs[_RANGES:])
     return ", ".join([*told, f"and {rest:,} more"] if rest else told)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _short(text: str, length: int = 60) -> str:
