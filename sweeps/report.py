@@ -38,6 +38,8 @@ def _gains_chart(gains: dict[str, dict[str, dict[str, float]]]) -> str:
                 x=[gain["gain"] for _, gain in ordered],
                 y=[metric for metric, _ in ordered],
                 mode="markers",
+                orientation="h",
+                offsetgroup=other,
                 error_x={
                     "type": "data",
                     "symmetric": False,
