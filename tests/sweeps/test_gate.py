@@ -62,6 +62,8 @@ def test_one_failed_check_rejects(winner: dict, rejected: set) -> None:
 
 def test_a_gain_that_chance_could_give_is_none_unless_the_definition_lets_it() -> None:
     assert failed(gate.judge(SPEC, SCORES, gains(margin=0.02))) == {"exact_match_gain_over_production_low"}
+    touching = gate.judge(SPEC, SCORES, gains(margin=0.01))
+    assert failed(touching) == {"exact_match_gain_over_production_low"}, "an interval that ends at zero is not above it"
     lax = SPEC.model_copy(update={"significant": False})
     assert gate.judge(lax, SCORES, gains(margin=0.02)).verdict == "ACCEPT"
 

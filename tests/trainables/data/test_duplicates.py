@@ -36,6 +36,13 @@ def test_no_twin_is_missed_that_comparing_everything_finds() -> None:
     assert {one.index for one in find_duplicates(texts, 0.85)} == twins
 
 
+def test_what_repeats_only_a_text_left_out_is_kept() -> None:
+    first = "abcdefghijklmnopqrstuvwxyz"
+    second, third = f"{first}01", f"{first}0123"  # 22, 24 and 26 shingles, each the start of the next
+    assert [(one.index, one.of) for one in find_duplicates([first, second, third], 0.9)] == [(1, 0)]
+    assert [(one.index, one.of) for one in find_duplicates([first, second, third], 0.8)] == [(1, 0), (2, 0)]
+
+
 def test_the_threshold_is_exact_for_the_pair() -> None:
     first, second = "abcdefghij", "abcdefghijk"  # 6 and 7 shingles, 6 shared: 6/7
     assert len(list(find_duplicates([first, second], 0.85))) == 1

@@ -52,6 +52,13 @@ def test_what_only_looks_like_it_is_not(text: str, recogniser: Recogniser) -> No
     assert recogniser.find(text) == []
 
 
+def test_a_key_goes_before_what_else_could_be_seen_in_it(recogniser: Recogniser) -> None:
+    text = "from https://ada:hunter2@example.com/db it is"
+    assert [(text[start:end], entity) for start, end, entity in recogniser.find(text)] == [
+        ("://ada:hunter2@", "API_KEY")
+    ]
+
+
 def test_no_network_is_asked(recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a connection")
