@@ -64,6 +64,12 @@ def test_a_sweep_ends_with_a_registered_model(home: Path, definition, write, tmp
     assert last_json(stricter)["gate"]["verdict"] == "REJECT"
     promoted = winnow("sweeps", "promote", result["run_id"], "--json")
     assert last_json(promoted)["model"]["version"] == result["model"]["version"]
+    other = next(trial["trial_id"] for trial in result["trials"] if trial["trial_id"] != result["best_trial_id"])
+    against = last_json(winnow("sweeps", "promote", result["run_id"], "--trial", other, "--json"))
+    assert list(against["scores"]) == ["base", "few_shot", "winner", "production"]
+    served, before = against["scores"]["production"]["loss"], result["scores"]["winner"]["loss"]
+    assert abs(served - before) < 0.05 < abs(served - result["scores"]["base"]["loss"]), "it is the winner of before"
+    assert {"exact_match_gain_over_production"} < {check["name"] for check in against["gate"]["checks"]}
     for command in ("status", "report"):
         assert winnow("sweeps", command, result["run_id"]).returncode == 0
 

@@ -62,6 +62,7 @@ def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -
     assert 0 < scores.metrics["answer_tokens"] <= 4
     assert len(scores.general_answers) == data.count("general")
     assert few_shot.shots == 3
+    assert [one.answer for one in few_shot.answers] != [one.answer for one in scores.answers]
     assert [one.prompt for one in few_shot.answers] == [one.prompt for one in scores.answers]
     assert scoring.Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
