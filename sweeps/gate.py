@@ -40,8 +40,14 @@ class Gate:
 
 
 def judge(spec: GateSpec, scores: Scores, gains: Gains) -> Gate:
-    """The winner against the limits and against every other contestant that there is."""
+    """The winner against the limits and against every other contestant that there is.
+
+    Raises:
+        ValueError: the metric is not one that answers of this kind have.
+    """
     winner = scores["winner"]
+    if spec.metric not in winner:
+        raise ValueError(f"gate.metric: must be one of {', '.join(winner)}, but got {spec.metric!r}")
     checks = [_at_least(spec.metric, winner[spec.metric], spec.min_score)]
     least = {
         "base": spec.min_gain,

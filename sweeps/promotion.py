@@ -89,10 +89,10 @@ def read_contestants(run_id: str) -> dict[str, Scores]:
     from trainables.scoring import Scores
 
     there = {name: paths.scores_file(run_id, name) for name in CONTESTANTS}
-    scored = {name: Scores.from_dict(files.read_json(file)) for name, file in there.items() if file.exists()}
-    if "winner" not in scored:
-        raise ValueError(f"run {run_id!r} has no scored winner; see 'python -m sweeps status {run_id}'")
-    return scored
+    stored = {name: files.read_json(file) for name, file in there.items() if file.exists()}
+    if "kind" not in stored.get("winner", {}):  # not scored, or by a Winnow that kept less
+        raise ValueError(f"run {run_id!r} has no scored winner; score it with: python -m sweeps promote {run_id}")
+    return {name: Scores.from_dict(scores) for name, scores in stored.items()}
 
 
 def compare(

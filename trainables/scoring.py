@@ -58,7 +58,7 @@ def score_base(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec) ->
         answers = answer(model, tokenizer, test, evaluation, shots)
         kind = contestants["base"].kind
         measured = metrics.measure(kind, answers, evaluation.json_fields)
-        contestants["few_shot"] = Scores(kind, measured, answers, shots=len(shots) // 2)
+        contestants["few_shot"] = Scores(kind, measured, answers, shots=len(shots))
     return contestants
 
 
@@ -69,12 +69,18 @@ def score_adapter(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec,
 
 
 def score_merged(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, directory: str) -> Scores:
-    """A registered version's merged weights, as they are served."""
-    model = base.load_merged(spec, directory)
-    return score_model(model, base.load_tokenizer(spec), snapshot.load(Path(dataset)), evaluation)
+    """A registered version's merged weights, as they are served, with the tokenizer that is served beside them.
+
+    It may have grown from another base; where its tokens are others than the snapshot's, it has no loss.
+    """
+    own, tokenizer = base.load_tokenizer(BaseModelSpec(model_name_or_path=directory)), base.load_tokenizer(spec)
+    model, data = base.load_merged(spec, directory), snapshot.load(Path(dataset))
+    return score_model(model, own, data, evaluation, own.get_vocab() == tokenizer.get_vocab())
 
 
-def score_model(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> Scores:
+def score_model(
+    model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec, with_loss: bool = True
+) -> Scores:
     """A model that is loaded already.
 
     ``loss`` is the mean negative log likelihood, in nats, of the test split's labelled tokens; ``perplexity`` its
@@ -82,18 +88,18 @@ def score_model(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation:
     the test split's kind of task.
     """
     test, general = data.rows("test"), data.rows("general")
-    loss = mean_loss(model, tokenizer, test, evaluation.batch_size)
+    loss = mean_loss(model, tokenizer, test, evaluation.batch_size) if with_loss else None
     answers = answer(model, tokenizer, test, evaluation)
     general_answers = answer(model, tokenizer, general, evaluation)
     kind = kind_of([one.expected for one in answers])
-    measured = {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 50)), 6)}
+    measured = {} if loss is None else {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 50)), 6)}
     measured |= metrics.measure(kind, answers, evaluation.json_fields)
     if general_answers:
         measured["general_exact_match"] = metrics.exact_match(general_answers)
     return Scores(kind, measured, answers, general_answers)
 
 
-def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> Messages:
+def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> list[Messages]:
     """Examples of the training split to stand before each prompt, as turns of the conversation.
 
     They come from files that the test split has examples of too, drawn by seed; as many as the model's positions hold
@@ -105,13 +111,13 @@ def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: Ev
     chosen = random.Random(evaluation.seed).sample(able, min(evaluation.few_shot, len(able)))
     longest = max(len(prompt_ids(tokenizer, row["messages"])) for row in test) + evaluation.max_new_tokens
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
-    shots: Messages = []
+    shots: list[Messages] = []
     for row in chosen:
         turns = [message for message in row["messages"] if message["role"] != "system"]
         longest += len(prompt_ids(tokenizer, [*turns, {"role": "user", "content": ""}]))
         if longest > room:
             break
-        shots += turns
+        shots.append(turns)
     return shots
 
 
@@ -124,10 +130,10 @@ def _answered(rows: Rows) -> list[dict[str, Any]]:
     return [row for row in rows if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"]
 
 
-def _with_shots(messages: Messages, shots: Messages) -> Messages:
+def _with_shots(messages: Messages, shots: Sequence[Messages]) -> Messages:
     """Shots come after what the system says."""
     system = [message for message in messages[:1] if message["role"] == "system"]
-    return [*system, *shots, *messages[len(system) :]]
+    return [*system, *(turn for shot in shots for turn in shot), *messages[len(system) :]]
 
 
 @torch.inference_mode()
@@ -144,11 +150,11 @@ def mean_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_
 
 @torch.inference_mode()
 def answer(
-    model: Any, tokenizer: Any, rows: Rows, evaluation: EvaluationSpec, shots: Messages | None = None
+    model: Any, tokenizer: Any, rows: Rows, evaluation: EvaluationSpec, shots: Sequence[Messages] = ()
 ) -> list[Answer]:
     """Greedy answers to each row's last user turn, in the rows' order; rows without an answer are passed over."""
     rows = _answered(rows)
-    prompts = [prompt_ids(tokenizer, _with_shots(row["messages"], shots or [])) for row in rows]
+    prompts = [prompt_ids(tokenizer, _with_shots(row["messages"], shots)) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     made: dict[int, Answer] = {}
     for batch in _batches(order, evaluation.batch_size):

@@ -81,6 +81,11 @@ def test_a_merge_that_answers_otherwise_rejects(difference: float, agreement: fl
     assert gate.judge_merge(SPEC, before, difference, agreement).verdict == verdict
 
 
+def test_a_metric_that_these_answers_do_not_have() -> None:
+    with pytest.raises(ValueError, match=r"gate\.metric: must be one of exact_match, json_validity,.* but got 'f1'"):
+        gate.judge(GateSpec(metric="f1"), SCORES, gains())
+
+
 def test_the_metric_and_the_latency_are_the_definitions() -> None:
     spec = GateSpec(metric="json_validity", min_score=0.95, min_gain=0.4, max_latency_s=0.2)
     assert gate.judge(spec, SCORES, gains()).verdict == "ACCEPT"

@@ -70,14 +70,13 @@ def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -
 def test_shots_stand_before_the_prompt_and_after_the_system(spec, data) -> None:
     model, tokenizer = base.load_model(spec), base.load_tokenizer(spec)
     shots = scoring.few_shot(model, tokenizer, data, EvaluationSpec(few_shot=2, max_new_tokens=8))
-    assert [message["role"] for message in shots] == ["user", "assistant"] * 2
     trained = [row["messages"] for row in data.rows("train")]
-    assert [shots[:2] in trained, shots[2:] in trained] == [True, True]
+    assert [shot in trained for shot in shots] == [True, True]
     asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert scoring._with_shots(asked, shots) == [asked[0], *shots, asked[1]]
+    assert scoring._with_shots(asked, shots) == [asked[0], *shots[0], *shots[1], asked[1]]
     model.config.max_position_embeddings = 160
     fewer = scoring.few_shot(model, tokenizer, data, EvaluationSpec(few_shot=2, max_new_tokens=8))
-    assert fewer == shots[:2], "as many as its positions hold"
+    assert fewer == shots[:1], "as many as its positions hold"
 
 
 def test_a_merged_model_answers_as_its_adapter_and_a_wrong_one_is_seen(spec, data, tmp_path: Path) -> None:
