@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from cluster import paths
 from cluster.command import say
 from sweeps import pages
-from sweeps.definition import SweepDefinition
+from sweeps.definition import SweepDefinition, is_gate_metric
 from trainables import answers, base, metrics
 from trainables.data import prepare
 from trainables.data.snapshot import Snapshot, summary_line
@@ -50,9 +50,9 @@ def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:
     perfect = [metrics.Answer("", text, text) for text in expected[:_ENOUGH]]
     there = metrics.measure(kind, perfect, definition.evaluation.json_fields)
     if metric not in there:
-        able = [name for name in there if there[name] > 0]
+        able = ", ".join(filter(is_gate_metric, there))
         raise ValueError(
-            f"gate.metric: must be one of {', '.join(able)}, as the test split's answers are {kind}, but got {metric!r}"
+            f"gate.metric: must be one of {able}, as the test split's answers are {kind}, but got {metric!r}"
         )
 
 

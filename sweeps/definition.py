@@ -112,6 +112,12 @@ METRICS = ("exact_match", "accuracy", "precision", "recall", "f1", "json_validit
            "rouge1", "rouge2", "rougeL", "bleu")  # fmt: skip
 """What a winner can be judged by. Which of them there are follows from the kind of task."""
 
+
+def is_gate_metric(name: str) -> bool:
+    """Whether a gate may ask for it: a share, higher is better."""
+    return name in METRICS or name.startswith("field_accuracy.")
+
+
 Share = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -138,7 +144,7 @@ class GateSpec(Spec):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:
-        if metric not in METRICS and not metric.startswith("field_accuracy."):
+        if not is_gate_metric(metric):
             raise ValueError(f"must be one of {', '.join(METRICS)} or field_accuracy.FIELD, but got {metric!r}")
         return metric
 

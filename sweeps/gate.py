@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sweeps.definition import GateSpec
+from sweeps.definition import GateSpec, is_gate_metric
 
 Scores = Mapping[str, Mapping[str, float]]
 """By contestant, by metric."""
@@ -47,7 +47,8 @@ def judge(spec: GateSpec, scores: Scores, gains: Gains) -> Gate:
     """
     winner = scores["winner"]
     if spec.metric not in winner:
-        raise ValueError(f"gate.metric: must be one of {', '.join(winner)}, but got {spec.metric!r}")
+        able = ", ".join(filter(is_gate_metric, winner))
+        raise ValueError(f"gate.metric: must be one of {able}, which these answers have, but got {spec.metric!r}")
     checks = [_at_least(spec.metric, winner[spec.metric], spec.min_score)]
     least = {
         "base": spec.min_gain,

@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster import files, paths
 from serving import registry
@@ -15,9 +15,7 @@ from sweeps import gate
 from sweeps.definition import SweepDefinition
 from sweeps.gate import Gate
 from trainables.data.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from trainables.scoring import Scores
+from trainables.metrics import Scores
 
 Log = Callable[[str], None]
 CONTESTANTS = ("base", "few_shot", "winner", "production")
@@ -86,8 +84,6 @@ def read_contestants(run_id: str) -> dict[str, Scores]:
     Raises:
         ValueError: nothing, for the run was not scored.
     """
-    from trainables.scoring import Scores
-
     there = {name: paths.scores_file(run_id, name) for name in CONTESTANTS}
     stored = {name: files.read_json(file) for name, file in there.items() if file.exists()}
     if "kind" not in stored.get("winner", {}):  # not scored, or by a Winnow that kept less

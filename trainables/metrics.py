@@ -7,7 +7,7 @@ ROUGE from rouge-score, BLEU from sacrebleu.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,27 @@ class Answer:
     """Generated, the end token among them."""
     seconds: float = field(default=0.0, compare=False)
     """Of the batch that it was generated in, divided by the answers in it."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A contestant on the test split, and on the general set where there is one."""
+
+    kind: Kind
+    metrics: dict[str, float]
+    answers: list[Answer]
+    general_answers: list[Answer] = field(default_factory=list)
+    shots: int = 0
+    """Examples that stood before each prompt."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Scores:
+        """What ``as_dict`` gave."""
+        sets = {name: [Answer(**one) for one in stored[name]] for name in ("answers", "general_answers")}
+        return cls(**stored | sets)
 
 
 def measure(kind: Kind, answers: Sequence[Answer], fields: Sequence[str] | None = None) -> dict[str, float]:

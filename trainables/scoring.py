@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,14 @@ from peft import PeftModel
 from torch.nn import functional
 
 from trainables import base, metrics
-from trainables.answers import Kind, kind_of
+from trainables.answers import kind_of
 from trainables.data import snapshot
 from trainables.data.chat import prompt_ids
 from trainables.data.formats import Messages
-from trainables.metrics import Answer
+from trainables.metrics import Answer, Scores
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
 Rows = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A contestant on the test split, and on the general set where there is one."""
-
-    kind: Kind
-    metrics: dict[str, float]
-    answers: list[Answer]
-    general_answers: list[Answer] = field(default_factory=list)
-    shots: int = 0
-    """Examples that stood before each prompt."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Scores:
-        """What ``as_dict`` gave."""
-        sets = {name: [Answer(**one) for one in stored[name]] for name in ("answers", "general_answers")}
-        return cls(**stored | sets)
 
 
 def score_base(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec) -> dict[str, Scores]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainables import base, merge, scoring, solo
+from trainables import base, merge, metrics, scoring, solo
 from trainables.contract import TrialConfig
 from trainables.data import prepare, snapshot
 from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
@@ -64,7 +64,7 @@ def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -
     assert few_shot.shots == 3
     assert [one.answer for one in few_shot.answers] != [one.answer for one in scores.answers]
     assert [one.prompt for one in few_shot.answers] == [one.prompt for one in scores.answers]
-    assert scoring.Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+    assert metrics.Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
 
 def test_shots_stand_before_the_prompt_and_after_the_system(spec, data) -> None:
