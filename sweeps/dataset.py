@@ -14,7 +14,7 @@ from sweeps import pages
 from sweeps.definition import SweepDefinition, is_gate_metric
 from trainables import answers, base, metrics
 from trainables.data import prepare
-from trainables.data.snapshot import Snapshot, summary_line
+from trainables.data.snapshot import Snapshot, answered, summary_line
 
 _PAIRS_SHOWN = 20
 _ENOUGH = 100
@@ -39,9 +39,9 @@ def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
 
 def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:
     """The gate's metric is one that answers such as the test split's have."""
-    metric, test = definition.gate.metric, data.rows("test")
-    expected = [row["messages"][-1]["content"] for row in test if row["messages"]]
-    if not data.answers("test"):
+    metric = definition.gate.metric
+    expected = [row["messages"][-1]["content"] for row in answered(data.rows("test"))]
+    if not expected:
         raise ValueError(
             f"gate.metric: {metric} compares answers, but no example of the test split has one; "
             "add a source with answers, or let one that has them go into all splits"

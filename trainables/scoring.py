@@ -83,9 +83,9 @@ def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: Ev
     They come from files that the test split has examples of too, drawn by seed; as many as the model's positions hold
     beside the longest prompt and its answer.
     """
-    test = _answered(data.rows("test"))
+    test = snapshot.answered(data.rows("test"))
     files = {_file(row) for row in test}
-    able = [row for row in _answered(data.rows("train")) if _file(row) in files]
+    able = [row for row in snapshot.answered(data.rows("train")) if _file(row) in files]
     chosen = random.Random(evaluation.seed).sample(able, min(evaluation.few_shot, len(able)))
     longest = max(len(prompt_ids(tokenizer, row["messages"])) for row in test) + evaluation.max_new_tokens
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -101,11 +101,6 @@ def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: Ev
 
 def _file(row: dict[str, Any]) -> str:
     return row["source"].rpartition(":")[0]
-
-
-def _answered(rows: Rows) -> list[dict[str, Any]]:
-    """Rows in which the assistant has the last word; there is nothing to compare an answer to in others."""
-    return [row for row in rows if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"]
 
 
 def _with_shots(messages: Messages, shots: Sequence[Messages]) -> Messages:
@@ -131,7 +126,7 @@ def answer(
     model: Any, tokenizer: Any, rows: Rows, evaluation: EvaluationSpec, shots: Sequence[Messages] = ()
 ) -> list[Answer]:
     """Greedy answers to each row's last user turn, in the rows' order; rows without an answer are passed over."""
-    rows = _answered(rows)
+    rows = snapshot.answered(rows)
     prompts = [prompt_ids(tokenizer, _with_shots(row["messages"], shots)) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     made: dict[int, Answer] = {}

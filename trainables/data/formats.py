@@ -49,13 +49,12 @@ class Example:
     @property
     def text(self) -> str:
         """All that was said, as one string: what duplicates are compared by."""
-        return self.plain or "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        return self.plain or _said(self.messages)
 
     @property
     def prompt(self) -> str:
         """What the assistant's last answer answers; the whole text where there is no answer."""
-        asked = self.messages[:-1] if self.answer is not None else self.messages
-        return self.plain or "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+        return self.plain or _said(self.messages[:-1] if self.answer is not None else self.messages)
 
     @property
     def answer(self) -> str | None:
@@ -79,6 +78,10 @@ class Example:
             for index, message in enumerate(self.messages)
         ]
         return replace(self, messages=messages)
+
+
+def _said(messages: Messages) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def read_rows(rows: Iterable[tuple[int, Row | RowError]], source: str) -> Iterator[Example | WrongRow]:

@@ -40,7 +40,6 @@ _SAMPLES = 10
 class Account:
     """What is known of the data so far: the manifest, filled step by step."""
 
-    dataset_hash: str
     manifest: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
     pairs: list[dict[str, Any]] = field(default_factory=list)
@@ -102,7 +101,7 @@ def examine(
     if found := snapshot.find(dataset_hash):
         log(f"data: snapshot {dataset_hash} is there already")
         return found.manifest, found
-    account = Account(dataset_hash, _opening(spec, described, dataset_hash, completion_only))
+    account = Account(_opening(spec, described, dataset_hash, completion_only))
     groups = [_read(parts, spec, account, log) for parts in (*opened, general)]
     *groups, held_out = _look_through(groups, spec.personal_data, account, log)
     account.findings += quality.check([example for group in groups for example in group])

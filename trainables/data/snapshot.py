@@ -6,7 +6,7 @@ Both backends and the gate read tokens from here: there is one truth about what 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ class Snapshot:
     def answers(self, split: str) -> int:
         """Rows of a split that have an answer to compare with."""
         return self.manifest["splits"][split]["answers"]
+
+
+def answered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in which somebody asks and the assistant has the last word: in others there is no answer to compare with."""
+    return [row for row in rows if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"]
 
 
 def load(directory: Path) -> Snapshot:
