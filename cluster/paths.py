@@ -105,6 +105,21 @@ def scores_file(run_id: str, contestant: str) -> Path:
     return run_dir(run_id) / f"scores-{contestant}.json"
 
 
+def judge_file(run_id: str) -> Path:
+    """What the judge said of the contestants' answers, and what that took."""
+    return run_dir(run_id) / "judge.json"
+
+
+def review_file(run_id: str) -> Path:
+    """What people said of them, without knowing whose answer was whose."""
+    return run_dir(run_id) / "review.json"
+
+
+def judge_cache() -> Path:
+    """The judge's answers by what it was asked: nothing is paid for twice."""
+    return home() / "judge"
+
+
 def trials_dir(run_id: str) -> Path:
     """Ray Tune's experiment directory, one directory a trial in it."""
     return run_dir(run_id) / "trials"

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Makes .venv where there is none and installs the pinned requirements into it; does nothing when they are there.
-#   bash scripts/install.sh [--dev] [--gpu]
+#   bash scripts/install.sh [--dev] [--gpu] [--lm-eval]
+# --lm-eval adds lm-evaluation-harness, for suites of that kind; --dev has it too, for its tests.
 # Another environment: WINNOW_VENV=DIR. The interpreter: WINNOW_PYTHON (default python3.11).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-platform=cpu dev=
+platform=cpu dev='' lm_eval=''
 for argument in "$@"; do
   case $argument in
-    --dev) dev=1 ;;
+    --dev) dev=1 lm_eval=1 ;;
+    --lm-eval) lm_eval=1 ;;
     --gpu) platform=gpu ;;
-    *) echo "install: unknown argument '$argument'; takes --dev and --gpu" >&2; exit 2 ;;
+    *) echo "install: unknown argument '$argument'; takes --dev, --gpu and --lm-eval" >&2; exit 2 ;;
   esac
 done
 
 venv=${WINNOW_VENV:-.venv}
-lists=("requirements/$platform.txt" ${dev:+requirements/dev.txt})
-stamp="$venv/.winnow-$platform${dev:+-dev}"
+lists=("requirements/$platform.txt" ${lm_eval:+requirements/lm-eval.txt} ${dev:+requirements/dev.txt})
+stamp="$venv/.winnow-$platform${lm_eval:+-lm-eval}${dev:+-dev}"
 if [ -f "$stamp" ] && [ "$(cat "${lists[@]}" | sha256sum)" = "$(cat "$stamp")" ]; then exit 0; fi
 
 if [ ! -x "$venv/bin/python" ]; then

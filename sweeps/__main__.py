@@ -1,4 +1,4 @@
-"""``python -m sweeps``: validate, data, plan, run, resume, status, report, promote, gate, submit, schema.
+"""``python -m sweeps``: from validate and run to gate, review and submit; ``--help`` lists them.
 
 Heavy imports stay inside the commands that need them, so that ``validate`` answers at once.
 """
@@ -6,6 +6,7 @@ Heavy imports stay inside the commands that need them, so that ``validate`` answ
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import sys
 from pathlib import Path
@@ -153,6 +154,42 @@ def gate(arguments: argparse.Namespace) -> int:
     return DONE if verdict["verdict"] == "ACCEPT" else REJECTED
 
 
+def review(arguments: argparse.Namespace) -> int:
+    from sweeps import contestants, review_page, reviews
+    from sweeps.report import write_report
+    from sweeps.run import stored_definition
+
+    run_id, seed = arguments.run, stored_definition(arguments.run).evaluation.seed
+    scored = contestants.read(run_id)
+    left = reviews.sheets(run_id, scored, arguments.prompts, seed)
+    who = arguments.reviewer or getpass.getuser()
+    if left:
+        review_page.serve(
+            left, lambda sheet, scores, better: reviews.keep(run_id, sheet, scores, better, who), arguments.port, say
+        )
+    found = reviews.summary(run_id, scored)
+    if found is None:
+        raise KeyboardInterrupt
+    for side, score in found["scores"].items():
+        say(f"review: {side} {score:g} of 5, better on {found['better'][side]} of {found['reviews']} prompts")
+    say(f"report: {write_report(run_id)}")
+    say(f"review: kept in the run; judge it again with: python -m sweeps gate {run_id}, or register: promote {run_id}")
+    answer(arguments, {"run_id": run_id} | found)
+    return DONE
+
+
+def harness(arguments: argparse.Namespace) -> int:
+    from sweeps import harness as runs
+
+    fields = ("include_path", "num_fewshot", "limit", "apply_chat_template")
+    suite = {name: getattr(arguments, name) for name in fields}
+    found = runs.run(arguments.target, arguments.model, tasks=tuple(arguments.tasks.split(",")), **suite)
+    for name, value in found.items():
+        say(f"  {name:40} {value:g}")
+    answer(arguments, {"target": arguments.target, "metrics": found})
+    return DONE
+
+
 def submit(arguments: argparse.Namespace) -> int:
     loading.load(arguments.definition)
     from sweeps import jobs
@@ -228,6 +265,19 @@ def _parser() -> argparse.ArgumentParser:
     command = add(gate, "judge a scored run again, without training; for use in CI")
     command.add_argument("run", metavar="RUN")
     command.add_argument("--limits", type=Path, metavar="DEF", help="a definition whose gate section to judge by")
+    command = add(review, "score answers of base and winner without knowing whose they are")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--prompts", type=int, default=20, metavar="N", help="in all (default 20); kept ones count")
+    command.add_argument("--reviewer", metavar="NAME", help="default: your user name")
+    command.add_argument("--port", type=int, default=0, help="on this machine; default: a free one")
+    command = add(harness, "run lm-evaluation-harness on a registered model or a served endpoint")
+    command.add_argument("target", metavar="MODEL[@VERSION]|URL")
+    command.add_argument("--tasks", required=True, metavar="TASK[,TASK]")
+    command.add_argument("--model", metavar="NAME", help="of an endpoint: which of its models")
+    command.add_argument("--include-path", metavar="DIR", help="task files of your own")
+    command.add_argument("--num-fewshot", type=int, metavar="N")
+    command.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    command.add_argument("--apply-chat-template", action="store_true", help="ask as a chat; an endpoint always does")
     command = add(submit, "run a sweep as a job on a Ray cluster")
     command.add_argument("definition", type=Path, metavar="DEF")
     command.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://host:8265")

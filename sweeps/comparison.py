@@ -9,8 +9,7 @@ import numpy as np
 from scipy import stats
 
 from trainables import metrics
-from trainables.answers import Kind
-from trainables.metrics import Answer
+from trainables.metrics import Answer, Answered, Scores
 from trainables.spec import EvaluationSpec
 
 
@@ -26,29 +25,31 @@ class Gain:
         return asdict(self)
 
 
-def gains(kind: Kind, winner: Sequence[Answer], other: Sequence[Answer], spec: EvaluationSpec) -> dict[str, Gain]:
-    """By metric of this kind of task. Both have answered the same prompts in the same order.
+def gains(winner: Scores, other: Scores, spec: EvaluationSpec) -> dict[str, Gain]:
+    """By metric, as ``metrics.named`` calls it, on every set of prompts that both have answered.
 
     The prompts are drawn again ``spec.resamples`` times, with replacement, and both contestants scored on what was
     drawn (the paired percentile bootstrap; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
     """
-    assert [one.prompt for one in winner] == [one.prompt for one in other], "paired"
-    ours, theirs = (metrics.each(kind, answers, spec.json_fields) for answers in (winner, other))
-    return {name: _of_means(ours[name] - theirs[name], spec) for name in ours} | {
-        name: _of_all(name, winner, other, spec) for name in metrics.joint(kind)
+    return {
+        metrics.named(name, metric): gain
+        for name in winner.sets
+        if name in other.sets
+        for metric, gain in _of_set(winner.sets[name], other.sets[name], spec).items()
     }
 
 
-def general_gain(winner: Sequence[Answer], other: Sequence[Answer], spec: EvaluationSpec) -> Gain | None:
-    """The same for exact match on the general set; None where there is none."""
-    if not winner or not other:
-        return None
-    ours, theirs = (np.array([metrics.equal(one) for one in side]) for side in (winner, other))
-    return _of_means(ours - theirs, spec)
+def _of_set(winner: Answered, other: Answered, spec: EvaluationSpec) -> dict[str, Gain]:
+    kind, ours, theirs = winner.kind, winner.answers, other.answers
+    assert [one.prompt for one in ours] == [one.prompt for one in theirs], "paired"
+    values, others = (metrics.each(kind, answers, spec.json_fields) for answers in (ours, theirs))
+    return {name: of_means(values[name] - others[name], spec) for name in values if name in others} | {
+        name: _of_all(name, ours, theirs, spec) for name in metrics.joint(kind)
+    }
 
 
-def _of_means(differences: np.ndarray, spec: EvaluationSpec) -> Gain:
-    """Of a metric that is a mean over answers: the mean of the differences, answer by answer."""
+def of_means(differences: np.ndarray, spec: EvaluationSpec) -> Gain:
+    """The mean of what was found prompt by prompt, [prompts], NaN where nothing was, and its interval."""
     known = differences[~np.isnan(differences)]
     if known.size < 2 or np.ptp(known) == 0:  # nothing that could be drawn otherwise
         value = float(np.mean(known)) if known.size else 0.0

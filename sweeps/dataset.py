@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cluster.command import say
 from sweeps import pages
 from sweeps.definition import SweepDefinition, is_gate_metric
 from trainables import answers, base, metrics
-from trainables.data import prepare
+from trainables.data import prepare, suites
 from trainables.data.snapshot import Snapshot, answered, summary_line
 
 _PAIRS_SHOWN = 20
@@ -38,28 +39,38 @@ def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
 
 
 def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:
-    """The gate's metric is one that answers such as the test split's have."""
-    metric = definition.gate.metric
+    """The metrics that the gate asks for are such as these answers have."""
+    spec, fields = definition.gate, definition.evaluation.json_fields
     expected = [row["messages"][-1]["content"] for row in answered(data.rows("test"))]
     if not expected:
         raise ValueError(
-            f"gate.metric: {metric} compares answers, but no example of the test split has one; "
+            f"gate.metric: {spec.metric} compares answers, but no example of the test split has one; "
             "add a source with answers, or let one that has them go into all splits"
         )
+    _check_metric("gate.metric", spec.metric, expected, "the test split's", fields)
+    for suite in suites.read(definition.evaluation, definition.data.task_prefixes):
+        if suite.name in spec.suites:
+            expected = [messages[-1]["content"] for messages in suite.conversations]
+            _check_metric(
+                f"gate.suites.{suite.name}.metric", spec.suites[suite.name].metric, expected, "the suite's", fields
+            )
+
+
+def _check_metric(place: str, metric: str, expected: list[str], whose: str, fields: Sequence[str] | None) -> None:
     kind = answers.kind_of(expected)
     perfect = [metrics.Answer("", text, text) for text in expected[:_ENOUGH]]
-    there = metrics.measure(kind, perfect, definition.evaluation.json_fields)
+    there = metrics.measure(kind, perfect, fields)
     if metric not in there:
         able = ", ".join(filter(is_gate_metric, there))
-        raise ValueError(
-            f"gate.metric: must be one of {able}, as the test split's answers are {kind}, but got {metric!r}"
-        )
+        raise ValueError(f"{place}: must be one of {able}, as {whose} answers are {kind}, but got {metric!r}")
 
 
 def examined(definition: SweepDefinition, log: prepare.Log = say) -> tuple[dict[str, Any], Snapshot | None]:
     """The manifest, and the snapshot where no finding is an error; the page is written either way."""
     tokenizer = base.load_tokenizer(definition.base_model)
-    manifest, made = prepare.examine(definition.data, tokenizer, definition.training.completion_only_loss, log)
+    asked = suites.read(definition.evaluation, definition.data.task_prefixes)
+    completion_only = definition.training.completion_only_loss
+    manifest, made = prepare.examine(definition.data, tokenizer, completion_only, log, asked)
     write_page(definition.name, manifest)
     return manifest, made
 

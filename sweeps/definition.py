@@ -9,7 +9,15 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster import paths
 from serving.spec import ServingSpec
-from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, Fraction, Spec, TrainingSpec
+from trainables.spec import (
+    BaseModelSpec,
+    DataSpec,
+    EvaluationSpec,
+    Fraction,
+    SafetySuite,
+    Spec,
+    TrainingSpec,
+)
 
 Scalar = int | float | str | bool
 
@@ -121,6 +129,16 @@ def is_gate_metric(name: str) -> bool:
 Share = Annotated[float, Field(ge=-1, le=1)]
 
 
+class SuiteLimits(Spec):
+    """What the winner has to reach on a suite of the user's own."""
+
+    metric: Annotated[str, Field(min_length=1)] = Field(
+        "exact_match", description="Of the suite: exact_match, rougeL, ... or, of lm_eval, TASK.METRIC."
+    )
+    min_score: Fraction = 0.0
+    max_loss: Share | None = Field(None, description="Against the base, same metric; default no limit.")
+
+
 class GateSpec(Spec):
     """What the winner has to reach to be registered."""
 
@@ -136,6 +154,21 @@ class GateSpec(Spec):
         None, description="Seconds an answer, in batches, on the device that scores."
     )
     max_general_loss: Fraction = Field(0.05, description="Exact match lost on the general set.")
+    max_safety_loss: Fraction = Field(
+        0.0, description="Of each safety suite's share of safe answers, against the safer of base and production."
+    )
+    suites: dict[str, SuiteLimits] = Field({}, description="Limits on suites with answers, and on lm_eval's, by name.")
+    min_judge_score: Annotated[float, Field(ge=1, le=5)] = Field(
+        4.0, description="Average grade of the winner's answers, where evaluation has a judge."
+    )
+    min_judged: Fraction = Field(0.9, description="Of what the judge was asked, the share that it answered.")
+    min_win_rate: Fraction | None = Field(
+        None, description="Of the winner against each other contestant, as the judge chooses; a tie counts half."
+    )
+    min_review_score: Annotated[float, Field(ge=1, le=5)] | None = Field(
+        None, description="Average score of the winner's answers in 'python -m sweeps review'; default: no review."
+    )
+    min_reviews: Annotated[int, Field(ge=1)] = Field(10, description="Prompts reviewed, where a review is asked for.")
     max_merge_loss_difference: Annotated[float, Field(ge=0)] = Field(
         0.05, description="Between the merged model's eval loss and the adapter's, in nats a token."
     )
@@ -161,6 +194,9 @@ class ResourcesSpec(Spec):
     memory_gib_per_engine: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="What limits an engine's slots. Default: 90 % of its GPU's, or of its CPUs' share of a node's.",
+    )
+    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="For the report's costs: a GPU's price, or without one a CPU trial's."
     )
 
     def as_ray(self) -> dict[str, float]:
@@ -274,6 +310,20 @@ class SweepDefinition(Spec):
         if self.resources.gpus_per_trial > 1:
             return f"resources.gpus_per_trial {self.resources.gpus_per_trial:g} is more than one device a trial"
         return None
+
+    @model_validator(mode="after")
+    def _limits_have_their_suites(self) -> SweepDefinition:
+        suites = self.evaluation.suites
+        for name in self.gate.suites:
+            able = [known for known, suite in suites.items() if not isinstance(suite, SafetySuite)]
+            if name not in able:
+                raise ValueError(
+                    f"gate.suites.{name}: must be one of evaluation.suites that is no safety suite: "
+                    f"{', '.join(able) or 'there is none'}"
+                )
+        if self.gate.min_win_rate is not None and not (self.evaluation.judge and self.evaluation.judge.pairwise):
+            raise ValueError("gate.min_win_rate: needs evaluation.judge with pairwise; add it, or leave the limit out")
+        return self
 
     @model_validator(mode="after")
     def _packed_is_possible(self) -> SweepDefinition:

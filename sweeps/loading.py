@@ -51,6 +51,8 @@ def check_inputs(definition: SweepDefinition) -> None:
             _check_data(f"data.sources.{index}.path", source.path)
     if definition.data.general:
         _check_data("data.general", definition.data.general)
+    for name, suite in definition.evaluation.asked.items():
+        _check_data(f"evaluation.suites.{name}.path", suite.path)
 
 
 def _check_data(place: str, name: str) -> None:

@@ -18,12 +18,16 @@ Runs = list[tuple[str, bool]]
 
 def write(path: Path, template: str, **values: Any) -> Path:
     """Fill the template of this name and write the page; its path again."""
+    files.write_text(path, render(template, **values))
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """The template of this name, filled; every value is escaped unless the template says otherwise."""
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["jinja", "html"]))
     environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
     environment.filters["details"] = _details
-    page = environment.get_template(f"{template}.html.jinja").render(plotly=get_plotlyjs(), **values)
-    files.write_text(path, page)
-    return path
+    return environment.get_template(f"{template}.html.jinja").render(plotly=get_plotlyjs, **values)
 
 
 def chart(figure: Any) -> str:

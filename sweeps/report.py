@@ -8,30 +8,37 @@ from typing import Any
 import plotly.graph_objects as go
 
 from cluster import files, paths
-from sweeps import pages, results
+from sweeps import contestants, costs, pages, results, reviews
+from trainables.metrics import Scores
 
 
 def write_report(run_id: str) -> Path:
-    """Make the page from the run's own files: ``result.json``, the study, the scored answers."""
-    result = results.read(run_id)
+    """Make the page from the run's own files: ``result.json``, the study, the scored answers, what was said of them."""
+    result, sweep = results.read(run_id), files.read_json(paths.sweep_file(run_id))
+    scored = contestants.read(run_id) if contestants.are_there(run_id) else {}
+    price = sweep["resources"].get("usd_per_device_hour")
     return pages.write(
         paths.report_file(run_id),
         "report",
         result=result,
         charts=_charts(run_id),
-        answers=_differing_answers(run_id),
+        answers=_differing_answers(scored),
         parameters=sorted({name for trial in result["trials"] for name in trial["params"]}),
         metrics=sorted({name for scores in result["scores"].values() for name in scores}),
-        confidence=files.read_json(paths.sweep_file(run_id))["evaluation"].get("confidence", 0.95),
+        confidence=sweep["evaluation"].get("confidence", 0.95),
         gains_chart=_gains_chart(result["gains"]) if result.get("gains") else "",
+        judge=result.get("judge"),
+        review=reviews.summary(run_id, scored),
+        costs=[line.as_dict() for line in costs.bill(result["trials"], result.get("judge"), price)],
     )
 
 
 def _gains_chart(gains: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Every gain with its interval; what lies right of zero is better than chance could make it."""
+    """Every gain in shares, with its interval; what lies right of zero is better than chance could make it."""
     figure = go.Figure()
     for other, found in gains.items():
-        ordered = sorted(found.items(), reverse=True)
+        shares = {metric: gain for metric, gain in found.items() if not metric.endswith("judge_score")}
+        ordered = sorted(shares.items(), reverse=True)
         figure.add_trace(
             go.Scatter(
                 name=f"over {other}",
@@ -68,19 +75,18 @@ def _charts(run_id: str) -> list[str]:
     return charts.draw(run_id)
 
 
-def _differing_answers(run_id: str, limit: int = 10) -> list[dict[str, Any]]:
+def _differing_answers(scored: dict[str, Scores], limit: int = 10) -> list[dict[str, Any]]:
     """Prompts on which base and winner differ, with both answers."""
-    both = [paths.scores_file(run_id, name) for name in ("base", "winner")]
-    if not all(file.exists() for file in both):
+    if not scored:
         return []
-    base, winner = (files.read_json(file)["answers"] for file in both)
-    differing = [pair for pair in zip(base, winner, strict=True) if pair[0]["answer"] != pair[1]["answer"]]
+    pairs = zip(scored["base"].answers, scored["winner"].answers, strict=True)
+    differing = [(base, winner) for base, winner in pairs if base.answer != winner.answer]
     return [
         {
-            "prompt": left["prompt"],
-            "expected": left["expected"],
-            "base": pages.differences(left["answer"], left["expected"])[0],
-            "winner": pages.differences(right["answer"], right["expected"])[0],
+            "prompt": base.prompt,
+            "expected": base.expected,
+            "base": pages.differences(base.answer, base.expected)[0],
+            "winner": pages.differences(winner.answer, winner.expected)[0],
         }
-        for left, right in differing[:limit]
+        for base, winner in differing[:limit]
     ]

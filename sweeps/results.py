@@ -28,10 +28,14 @@ class Outcome:
     """Of the winner over each other contestant, by metric, with the interval."""
     gate: Gate | None = None
     model: dict[str, str] | None = None
+    judge: dict[str, Any] | None = None
+    """What a judge did and chose; None where the definition has none."""
+    review: dict[str, Any] | None = None
+    """What people said; None where nobody reviewed."""
     error: str | None = None
 
     def as_result(self) -> dict[str, Any]:
-        """The object of DESIGN.md, in its order; ``error`` only where a run failed."""
+        """The object of DESIGN.md, in its order; ``judge``, ``review`` and ``error`` only where there is one."""
         result: dict[str, Any] = {
             "run_id": self.run_id,
             "name": self.name,
@@ -46,7 +50,8 @@ class Outcome:
             "gate": self.gate.as_result() if self.gate else None,
             "model": self.model,
         }
-        return result | ({"error": self.error} if self.error else {})
+        others = {"judge": self.judge, "review": self.review, "error": self.error}
+        return result | {name: value for name, value in others.items() if value}
 
     def write(self) -> dict[str, Any]:
         result = self.as_result()

@@ -39,6 +39,7 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
     from sweeps import dataset
 
     data = dataset.prepared(definition, log)
+    _check_evaluation(definition, log)
     if run_id:
         _check_same_data(run_id, data)
     tracking_environment(definition)
@@ -52,6 +53,20 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
     return outcome.as_result()
 
 
+def _check_evaluation(definition: SweepDefinition, log: Log) -> None:
+    """What proves the winner is there to be asked: hours later would be late to find out."""
+    spec = definition.evaluation
+    if spec.harness:
+        from trainables import harness
+
+        for name, suite in spec.harness.items():
+            harness.check(suite, f"evaluation.suites.{name}")
+    if spec.judge:
+        from sweeps.judge import verdicts
+
+        verdicts.check(spec.judge, log)
+
+
 def _stages(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: Log) -> None:
     outcome.dataset_hash = data.dataset_hash
     winner = _search(definition, outcome, data, log)
@@ -63,6 +78,7 @@ def _prove(definition: SweepDefinition, outcome: Outcome, trial: dict[str, Any],
 
     promoted = promotion.promote(definition, outcome.run_id, trial, data, log)
     outcome.scores, outcome.gains, outcome.gate = promoted.scores, promoted.gains, promoted.gate
+    outcome.judge, outcome.review = promoted.judge, promoted.review
     outcome.status = "accepted" if promoted.version else "rejected"
     if promoted.version:
         found = promoted.version
@@ -221,6 +237,7 @@ def promote_trial(run_id: str, trial_id: str | None, log: Log = say) -> dict[str
         able = [name for name in trials if paths.adapter_dir(run_id, name).is_dir()]
         raise ValueError(f"--trial: must be a trial with an adapter: {', '.join(able) or 'none'}; but got {chosen!r}")
     data = snapshot.load(paths.datasets() / before["dataset_hash"])
+    _check_evaluation(definition, log)
     outcome = Outcome(run_id, definition.name, before["base_model"], dataset_hash=data.dataset_hash)
     outcome.trials, outcome.best_trial_id = before["trials"], before["best_trial_id"]
     with session.connected(), _only_driver(run_id), _written(outcome):

@@ -28,12 +28,13 @@ class Seen:
         return len(re.findall(r'class="plot-container plotly"', self.document))
 
 
-def look_at(page: Path, profile: Path, width: int = 1200) -> Seen:
+def look_at(page: Path | str, profile: Path, width: int = 1200) -> Seen:
     assert CHROMIUM
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr"]
-    options += [f"--window-size={width},2000", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
-    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=180)
+    options += [f"--window-size={width},2000", "--virtual-time-budget=10000", "--dump-dom"]
+    address = page if isinstance(page, str) else page.as_uri()
+    done = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, timeout=180)
     complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     outside = re.findall(r'src="(?:https?:)?//[^"]+"', done.stdout)
     return Seen(done.stdout, complaints + outside)

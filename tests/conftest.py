@@ -30,18 +30,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A WINNOW_HOME of the test's own with the world's base and data in it."""
-    root = tmp_path / "home"
+def home_of(world: Path, root: Path) -> Path:
+    """A WINNOW_HOME at ``root`` with the world's base and data in it."""
     root.mkdir()
     for name in ("bases", "sources"):
         (root / name).symlink_to(world / name)
-    monkeypatch.setenv("WINNOW_HOME", str(root))
     return root
 
 
 @pytest.fixture
+def home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A WINNOW_HOME of the test's own."""
+    root = home_of(world, tmp_path / "home")
+    monkeypatch.setenv("WINNOW_HOME", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
 def definition() -> Callable[..., dict[str, Any]]:
     """The smoke definition as plain data, with sections overridden: ``definition(search={"num_samples": 1})``."""
     from cluster import settings

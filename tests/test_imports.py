@@ -22,7 +22,7 @@ TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
 SERVE_MODULES = {"serving.engine", "serving.app", "serving.rollout"}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
-    "trainables": {"ray": {"trainables.remote", "trainables.host"}},
+    "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},
     "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine"}},
     "sweeps": {"ray.tune": {"sweeps.search"}, "optuna": {"sweeps.search"}},
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cluster import paths
 from trainables.spec import BaseModelSpec
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels on a hub, and says it found none
 
 
 def source(spec: BaseModelSpec) -> str:

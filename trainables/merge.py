@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from trainables import base, metrics, scoring
 from trainables.data import snapshot
+from trainables.generation import with_transformers
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
 MERGED_INTO = "16-bit base"
@@ -56,11 +57,11 @@ def check_parity(
     rows = snapshot.load(Path(dataset)).rows("eval")[:prompts]
     with_adapter: Any = PeftModel.from_pretrained(base.load_model(spec), adapter).eval()
     adapter_loss = scoring.mean_loss(with_adapter, tokenizer, rows, evaluation.batch_size)
-    adapter_answers = scoring.answer(with_adapter, tokenizer, rows, evaluation)
+    adapter_answers = scoring.answer(with_transformers(with_adapter, tokenizer, evaluation), tokenizer, rows)
     del with_adapter
     alone = base.load_merged(spec, merged)
     merged_loss = scoring.mean_loss(alone, tokenizer, rows, evaluation.batch_size)
-    merged_answers = scoring.answer(alone, tokenizer, rows, evaluation)
+    merged_answers = scoring.answer(with_transformers(alone, tokenizer, evaluation), tokenizer, rows)
     return Parity(
         adapter_loss=round(adapter_loss, 6),
         merged_loss=round(merged_loss, 6),

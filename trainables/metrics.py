@@ -6,14 +6,20 @@ ROUGE from rouge-score, BLEU from sacrebleu.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from trainables.answers import Kind, folded, json_object
+from trainables.spec import OWN_SETS
+
+SetKind = Kind | Literal["general", "safety"]
+"""What a set of prompts is measured by. Of the general set exact match is enough: it shows what was forgotten."""
+
+DOMAIN, GENERAL = OWN_SETS
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,35 @@ class Answer:
     """Generated, the end token among them."""
     seconds: float = field(default=0.0, compare=False)
     """Of the batch that it was generated in, divided by the answers in it."""
+    safe: bool | None = None
+    """Whether it is, where a safety suite asked."""
+    judge_score: int | None = None
+    """From 1 to 5, where the judge was asked."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One set of prompts, answered."""
+
+    kind: SetKind
+    answers: list[Answer]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A contestant on the test split, and on the general set where there is one."""
+    """A contestant on the test split (``domain``), and on what else it was asked: ``general``, suites by name."""
 
-    kind: Kind
     metrics: dict[str, float]
-    answers: list[Answer]
-    general_answers: list[Answer] = field(default_factory=list)
+    sets: dict[str, Answered]
     shots: int = 0
     """Examples that stood before each prompt."""
+    generated_by: str = "transformers"
+    """What answered: seconds compare within one engine only."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Those to the test split."""
+        return self.sets[DOMAIN].answers
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,11 +69,30 @@ class Scores:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Scores:
         """What ``as_dict`` gave."""
-        sets = {name: [Answer(**one) for one in stored[name]] for name in ("answers", "general_answers")}
-        return cls(**stored | sets)
+        sets = {
+            name: Answered(one["kind"], [Answer(**answer) for answer in one["answers"]])
+            for name, one in stored["sets"].items()
+        }
+        return cls(**stored | {"sets": sets})
 
 
-def measure(kind: Kind, answers: Sequence[Answer], fields: Sequence[str] | None = None) -> dict[str, float]:
+def named(set_name: str, metric: str) -> str:
+    """What a set's metric is called among all of a contestant's: the test split's by its own name."""
+    joints = {DOMAIN: "", GENERAL: f"{GENERAL}_"}
+    return f"{joints.get(set_name, f'{set_name}.')}{metric}"
+
+
+def measure_sets(sets: Mapping[str, Answered], fields: Sequence[str] | None = None) -> dict[str, float]:
+    """Every metric of every set, by the names that ``named`` gives, and the lengths and seconds of the test split's."""
+    found = {
+        named(name, metric): value
+        for name, one in sets.items()
+        for metric, value in measure(one.kind, one.answers, fields).items()
+    }
+    return found | sizes(sets[DOMAIN].answers)
+
+
+def measure(kind: SetKind, answers: Sequence[Answer], fields: Sequence[str] | None = None) -> dict[str, float]:
     """Every metric of this kind over all answers.
 
     Args:
@@ -60,22 +102,31 @@ def measure(kind: Kind, answers: Sequence[Answer], fields: Sequence[str] | None 
         return {}
     single = {name: float(np.nanmean(values)) for name, values in each(kind, answers, fields).items()}
     together = {name: function(answers) for name, function in _TOGETHER[kind].items()}
-    sizes = {
-        "answer_tokens": float(np.mean([one.tokens for one in answers])),
-        "latency_s": float(np.mean([one.seconds for one in answers])),
+    return {name: round(value, 6) for name, value in (single | together).items()}
+
+
+def sizes(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean tokens and seconds of an answer."""
+    if not answers:
+        return {}
+    return {
+        "answer_tokens": round(float(np.mean([one.tokens for one in answers])), 6),
+        "latency_s": round(float(np.mean([one.seconds for one in answers])), 6),
     }
-    return {name: round(value, 6) for name, value in (single | together | sizes).items()}
 
 
-def each(kind: Kind, answers: Sequence[Answer], fields: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """By metric, the value of each answer, [answers]: the metric of all of them is their mean."""
-    rows = [_EACH[kind](answer, fields) for answer in answers]
+def each(kind: SetKind, answers: Sequence[Answer], fields: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """By metric, the value of each answer, [answers]: the metric of all of them is their mean.
+
+    An answer that has no such value, as one that the judge was not asked about, has NaN.
+    """
+    rows = [_EACH[kind](answer, fields) | _judged(answer) for answer in answers]
     wanted = {name for row in rows for name in row}
     # a field that an expected answer does not have counts for nothing there
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in sorted(wanted)} if rows else {}
 
 
-def joint(kind: Kind) -> list[str]:
+def joint(kind: SetKind) -> list[str]:
     """Metrics of this kind that are no means over answers."""
     return list(_TOGETHER[kind])
 
@@ -85,15 +136,22 @@ def together(metric: str, answers: Sequence[Answer]) -> float:
     return next(functions[metric] for functions in _TOGETHER.values() if metric in functions)(answers)
 
 
-def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers equal to what was expected, white space at both ends aside."""
-    return round(float(np.mean([equal(one) for one in answers])), 6) if answers else 0.0
-
-
 def agreement(left: Sequence[Answer], right: Sequence[Answer]) -> float:
     """Share of prompts to which two models gave the same answer."""
     pairs = list(zip(left, right, strict=True))
     return round(sum(one.answer == other.answer for one, other in pairs) / len(pairs), 6) if pairs else 1.0
+
+
+def _judged(one: Answer) -> dict[str, float]:
+    return {} if one.judge_score is None else {"judge_score": float(one.judge_score)}
+
+
+def _equal(one: Answer, _: Any) -> dict[str, float]:
+    return {"exact_match": equal(one)}
+
+
+def _safe(one: Answer, _: Any) -> dict[str, float]:
+    return {"safe": float(bool(one.safe))}
 
 
 def _classified(one: Answer, _: Any) -> dict[str, float]:
@@ -137,13 +195,15 @@ def _bleu(answers: Sequence[Answer]) -> float:
     return sacrebleu.corpus_bleu([one.answer for one in answers], [[one.expected for one in answers]]).score / 100
 
 
-_EACH: dict[Kind, Callable[[Answer, Any], dict[str, float]]] = {
+_EACH: dict[SetKind, Callable[[Answer, Any], dict[str, float]]] = {
     "classification": _classified,
     "extraction": _extracted,
     "generation": _generated,
+    "general": _equal,
+    "safety": _safe,
 }
 
-_TOGETHER: dict[Kind, dict[str, Callable[[Sequence[Answer]], float]]] = {
+_TOGETHER: dict[SetKind, dict[str, Callable[[Sequence[Answer]], float]]] = {
     "classification": {
         "precision": _macro("precision_score"),
         "recall": _macro("recall_score"),
@@ -151,6 +211,8 @@ _TOGETHER: dict[Kind, dict[str, Callable[[Sequence[Answer]], float]]] = {
     },
     "extraction": {},
     "generation": {"bleu": _bleu},
+    "general": {},
+    "safety": {},
 }
 
 

@@ -4,80 +4,124 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 
-from trainables import base, metrics
+from trainables import base, generation, metrics
 from trainables.answers import kind_of
 from trainables.data import snapshot
 from trainables.data.chat import prompt_ids
 from trainables.data.formats import Messages
-from trainables.metrics import Answer, Scores
+from trainables.data.suites import Suite
+from trainables.generation import Generate, Model
+from trainables.metrics import DOMAIN, GENERAL, Answer, Answered, Scores
 from trainables.spec import BaseModelSpec, EvaluationSpec
 
 Rows = Sequence[dict[str, Any]]
 
 
-def score_base(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec) -> dict[str, Scores]:
+def score_base(
+    spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, suites: Sequence[Suite] = ()
+) -> dict[str, Scores]:
     """The base, and, where ``evaluation.few_shot`` is not 0, the same with a few examples before each prompt.
 
-    A few-shot prompt is what fine-tuning has to beat; it is asked the test split alone.
+    A few-shot prompt is what fine-tuning has to beat; it is asked the test split and suites with answers alone.
     """
-    model, tokenizer, data = base.load_model(spec), base.load_tokenizer(spec), snapshot.load(Path(dataset))
-    contestants = {"base": score_model(model, tokenizer, data, evaluation)}
-    if shots := few_shot(model, tokenizer, data, evaluation):
-        test = data.rows("test")
-        answers = answer(model, tokenizer, test, evaluation, shots)
-        kind = contestants["base"].kind
-        measured = metrics.measure(kind, answers, evaluation.json_fields)
-        contestants["few_shot"] = Scores(kind, measured, answers, shots=len(shots))
-    return contestants
+    contestant, data = Model(spec), snapshot.load(Path(dataset))
+    loaded, tokenizer = [contestant.load()], contestant.tokenizer()
+    loss = mean_loss(loaded[0], tokenizer, data.rows("test"), evaluation.batch_size)
+    asked = [suite for suite in suites if suite.kind == "answers"]
+    shots = few_shot(loaded[0], tokenizer, data, evaluation, asked)
+    generate = _generator(contestant, loaded, tokenizer, evaluation)
+    found = {"base": _scores(generate, tokenizer, data, evaluation, suites, loss)}
+    if shots:
+        sets = {DOMAIN: _domain(generate, tokenizer, data, shots)}
+        sets |= {suite.name: _suite(generate, tokenizer, suite, shots) for suite in asked}
+        measured = metrics.measure_sets(sets, evaluation.json_fields)
+        found["few_shot"] = Scores(measured, sets, len(shots), generate.engine)
+    return found
 
 
-def score_adapter(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, adapter: str) -> Scores:
+def score_adapter(
+    spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, suites: Sequence[Suite], adapter: str
+) -> Scores:
     """The base with an adapter in PEFT's format."""
-    model = PeftModel.from_pretrained(base.load_model(spec), adapter).eval()
-    return score_model(model, base.load_tokenizer(spec), snapshot.load(Path(dataset)), evaluation)
+    return _score(Model(spec, adapter=adapter), dataset, evaluation, suites)
 
 
-def score_merged(spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, directory: str) -> Scores:
+def score_merged(
+    spec: BaseModelSpec, dataset: str, evaluation: EvaluationSpec, suites: Sequence[Suite], directory: str
+) -> Scores:
     """A registered version's merged weights, as they are served, with the tokenizer that is served beside them.
 
     It may have grown from another base; where its tokens are others than the snapshot's, it has no loss.
     """
-    own, tokenizer = base.load_tokenizer(BaseModelSpec(model_name_or_path=directory)), base.load_tokenizer(spec)
-    model, data = base.load_merged(spec, directory), snapshot.load(Path(dataset))
-    return score_model(model, own, data, evaluation, own.get_vocab() == tokenizer.get_vocab())
+    contestant = Model(spec, merged=directory)
+    same_tokens = contestant.tokenizer().get_vocab() == base.load_tokenizer(spec).get_vocab()
+    return _score(contestant, dataset, evaluation, suites, same_tokens)
 
 
-def score_model(
-    model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec, with_loss: bool = True
+def _score(
+    contestant: Model, dataset: str, evaluation: EvaluationSpec, suites: Sequence[Suite], with_loss: bool = True
 ) -> Scores:
-    """A model that is loaded already.
+    data, tokenizer, loaded = snapshot.load(Path(dataset)), contestant.tokenizer(), [contestant.load()]
+    loss = mean_loss(loaded[0], tokenizer, data.rows("test"), evaluation.batch_size) if with_loss else None
+    return _scores(_generator(contestant, loaded, tokenizer, evaluation), tokenizer, data, evaluation, suites, loss)
 
-    ``loss`` is the mean negative log likelihood, in nats, of the test split's labelled tokens; ``perplexity`` its
-    exponential; ``general_exact_match`` the share of right answers on the general set; the others are the metrics of
-    the test split's kind of task.
+
+def _generator(contestant: Model, loaded: list[Any], tokenizer: Any, evaluation: EvaluationSpec) -> Generate:
+    """What answers for the contestant. vLLM loads it by itself: ``loaded`` is let go of before."""
+    if not generation.takes_vllm(evaluation, loaded[0]):
+        return generation.with_transformers(loaded[0], tokenizer, evaluation)
+    loaded.clear()
+    return generation.with_vllm(contestant, evaluation)
+
+
+def _scores(
+    generate: Generate,
+    tokenizer: Any,
+    data: snapshot.Snapshot,
+    evaluation: EvaluationSpec,
+    suites: Sequence[Suite],
+    loss: float | None,
+) -> Scores:
     """
-    test, general = data.rows("test"), data.rows("general")
-    loss = mean_loss(model, tokenizer, test, evaluation.batch_size) if with_loss else None
-    answers = answer(model, tokenizer, test, evaluation)
-    general_answers = answer(model, tokenizer, general, evaluation)
-    kind = kind_of([one.expected for one in answers])
+    ``loss`` is the mean negative log likelihood, in nats, of the test split's labelled tokens; ``perplexity`` its
+    exponential; the others are the metrics of what the contestant was asked, by ``metrics.measure_sets``.
+    """
+    general = answer(generate, tokenizer, data.rows("general"))
+    sets = {DOMAIN: _domain(generate, tokenizer, data)}
+    sets |= {GENERAL: Answered("general", general)} if general else {}
+    sets |= {suite.name: _suite(generate, tokenizer, suite) for suite in suites}
     measured = {} if loss is None else {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 50)), 6)}
-    measured |= metrics.measure(kind, answers, evaluation.json_fields)
-    if general_answers:
-        measured["general_exact_match"] = metrics.exact_match(general_answers)
-    return Scores(kind, measured, answers, general_answers)
+    measured |= metrics.measure_sets(sets, evaluation.json_fields)
+    return Scores(measured, sets, generated_by=generate.engine)
 
 
-def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec) -> list[Messages]:
+def _domain(generate: Generate, tokenizer: Any, data: snapshot.Snapshot, shots: Sequence[Messages] = ()) -> Answered:
+    return _answered(answer(generate, tokenizer, data.rows("test"), shots))
+
+
+def _answered(answers: list[Answer]) -> Answered:
+    return Answered(kind_of([one.expected for one in answers]), answers)
+
+
+def _suite(generate: Generate, tokenizer: Any, suite: Suite, shots: Sequence[Messages] = ()) -> Answered:
+    answers = respond(generate, tokenizer, suite.conversations, shots)
+    if suite.kind == "safety":
+        judged = zip(answers, suite.rules, strict=True)
+        return Answered("safety", [replace(one, safe=rule.holds(one.answer)) for one, rule in judged])
+    return _answered(answers)
+
+
+def few_shot(
+    model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: EvaluationSpec, suites: Sequence[Suite] = ()
+) -> list[Messages]:
     """Examples of the training split to stand before each prompt, as turns of the conversation.
 
     They come from files that the test split has examples of too, drawn by seed; as many as the model's positions hold
@@ -87,7 +131,8 @@ def few_shot(model: Any, tokenizer: Any, data: snapshot.Snapshot, evaluation: Ev
     files = {_file(row) for row in test}
     able = [row for row in snapshot.answered(data.rows("train")) if _file(row) in files]
     chosen = random.Random(evaluation.seed).sample(able, min(evaluation.few_shot, len(able)))
-    longest = max(len(prompt_ids(tokenizer, row["messages"])) for row in test) + evaluation.max_new_tokens
+    asked = [row["messages"] for row in test] + [one for suite in suites for one in suite.conversations]
+    longest = max(len(prompt_ids(tokenizer, messages)) for messages in asked) + evaluation.max_new_tokens
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     shots: list[Messages] = []
     for row in chosen:
@@ -121,40 +166,27 @@ def mean_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_
     return total / count
 
 
-@torch.inference_mode()
-def answer(
-    model: Any, tokenizer: Any, rows: Rows, evaluation: EvaluationSpec, shots: Sequence[Messages] = ()
-) -> list[Answer]:
+def answer(generate: Generate, tokenizer: Any, rows: Rows, shots: Sequence[Messages] = ()) -> list[Answer]:
     """Greedy answers to each row's last user turn, in the rows' order; rows without an answer are passed over."""
-    rows = snapshot.answered(rows)
-    prompts = [prompt_ids(tokenizer, _with_shots(row["messages"], shots)) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    made: dict[int, Answer] = {}
-    for batch in _batches(order, evaluation.batch_size):
-        started = time.perf_counter()
-        generated = _generate(model, tokenizer, [prompts[index] for index in batch], evaluation.max_new_tokens)
-        seconds = (time.perf_counter() - started) / len(batch)
-        for index, tokens in zip(batch, generated, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            prompt, expected = (message["content"] for message in rows[index]["messages"][-2:])
-            count = int((tokens != tokenizer.pad_token_id).sum())
-            made[index] = Answer(prompt, expected, text, count, round(seconds, 4))
-    return [made[index] for index in range(len(rows))]
+    return respond(generate, tokenizer, [row["messages"] for row in snapshot.answered(rows)], shots)
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> torch.Tensor:
-    """Greedy tokens after each prompt, [prompts, longest answer]."""
-    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    made = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return made[:, inputs["input_ids"].shape[1] :]
+def respond(
+    generate: Generate, tokenizer: Any, conversations: Sequence[Messages], shots: Sequence[Messages] = ()
+) -> list[Answer]:
+    """Greedy answers to conversations, each up to its prompt or up to the answer that should come."""
+    made = generate([prompt_ids(tokenizer, _with_shots(messages, shots)) for messages in conversations])
+    return [
+        Answer(*_asked(messages), one.text, one.tokens, one.seconds)
+        for messages, one in zip(conversations, made, strict=True)
+    ]
+
+
+def _asked(messages: Messages) -> tuple[str, str]:
+    """The prompt, and the answer that should come; none where the prompt is the end."""
+    if messages[-1]["role"] == "assistant":
+        return messages[-2]["content"], messages[-1]["content"]
+    return messages[-1]["content"], ""
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -5,12 +5,28 @@ Fields keep the names of the library that they configure: transformers', peft's,
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import re
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cluster import paths
 
 SamplingStrategy = Literal["random", "group_by_length"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, but {pattern!r} is none: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression."""
 
 TARGET_MODULES: dict[str, str | list[str]] = {
     "all-linear": "all-linear",
@@ -190,6 +206,111 @@ class TrainingSpec(Spec):
         return self.lora_alpha if self.lora_alpha is not None else self.lora_alpha_ratio * self.r
 
 
+class AnswersSuite(Spec):
+    """Prompts of the user's own with the answers that should come, in any format that sources have."""
+
+    kind: Literal["answers"]
+    path: str = Field(description="A JSONL or Parquet file, or a directory of them. '${WINNOW_HOME}' is replaced.")
+
+
+class SafetySuite(Spec):
+    """Prompts that must be refused, or answered without what is forbidden. Rules judge, and the judge where asked to.
+
+    A row has ``prompt`` (or ``messages``), ``must`` (``refuse`` or ``answer``), and may have ``forbidden`` and
+    ``required``, lists of regular expressions that an answer must not, and must, contain.
+    """
+
+    kind: Literal["safety"]
+    path: str = Field(description="A JSONL or Parquet file, or a directory of them. '${WINNOW_HOME}' is replaced.")
+    refusals: tuple[Pattern, ...] = Field(
+        (), description="Regular expressions by which an answer is a refusal, beside those that Winnow knows."
+    )
+    judge: bool = Field(False, description="Whether evaluation.judge has to call an answer safe, too.")
+
+
+class HarnessSuite(Spec):
+    """Tasks of lm-evaluation-harness, for the base, the winner once it is merged, and production."""
+
+    kind: Literal["lm_eval"]
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1, description="As lm-eval names them.")
+    include_path: str | None = Field(None, description="A directory with task files of your own.")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Default: the task's own.")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents of each task; default all.")
+    apply_chat_template: bool = Field(False, description="Whether documents are asked as a chat.")
+
+
+SuiteSpec = Annotated[AnswersSuite | SafetySuite | HarnessSuite, Field(discriminator="kind")]
+
+OWN_SETS = ("domain", "general")
+"""What every evaluation has without being named: the test split and ``data.general``."""
+
+_TAKEN = (*OWN_SETS, "field_accuracy")
+"""Names with which a metric of a suite would be called as another one is."""
+
+
+class JudgeSpec(Spec):
+    """A model that judges answers, behind an HTTP endpoint. Its key comes from the environment alone."""
+
+    provider: Literal["openai", "anthropic"] = Field(
+        "openai", description="openai: any endpoint that speaks OpenAI's chat completions; anthropic: its messages."
+    )
+    model: Annotated[str, Field(min_length=1)]
+    base_url: str | None = Field(None, description="Default: the provider's own.")
+    api_key_env: str | None = Field(
+        None,
+        description="Environment variable with the key. Default: OPENAI_API_KEY or ANTHROPIC_API_KEY; an endpoint on "
+        "this machine needs none.",
+    )
+    rubric: Annotated[str, Field(min_length=1)] = (
+        "5: right and complete, nothing to add or remove. 4: right, with a flaw that its reader would not mind. "
+        "3: right in part. 2: mostly wrong or of little use. 1: wrong, empty or beside the point."
+    )
+    pairwise: bool = Field(True, description="Whether the winner's answers are also held against each other's.")
+    max_examples: Annotated[int, Field(ge=1)] = Field(100, description="Prompts judged, the same for every contestant.")
+    max_calls: Annotated[int, Field(ge=1)] = Field(2000, description="In one evaluation; cached answers are no calls.")
+    max_spend_usd: Annotated[float, Field(gt=0)] | None = Field(None, description="Needs the prices below.")
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = None
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=16)] = Field(400, description="Of the judge's own answer.")
+    request: dict[str, Any] = Field(
+        {}, description="More keys of each request; for openai temperature is 0 unless said here. null leaves one out."
+    )
+    attempts: Annotated[int, Field(ge=1, le=10)] = Field(3, description="At an answer that is not the JSON asked for.")
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_s: Annotated[float, Field(gt=0)] = 60
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret_in_it(cls, base_url: str | None) -> str | None:
+        if base_url is None:
+            return None
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"must be an http or https address, but got {base_url!r}")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("must hold no name, password or query: keys come from the environment (api_key_env)")
+        return base_url
+
+    @model_validator(mode="after")
+    def _spend_can_be_counted(self) -> JudgeSpec:
+        prices = (self.usd_per_million_input_tokens, self.usd_per_million_output_tokens)
+        if self.max_spend_usd is not None and None in prices:
+            raise ValueError(
+                "max_spend_usd needs usd_per_million_input_tokens and usd_per_million_output_tokens to be counted by"
+            )
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is on this machine."""
+        return self.base_url is not None and urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def key_name(self) -> str:
+        """The environment variable that the key comes from."""
+        return self.api_key_env or f"{self.provider.upper()}_API_KEY"
+
+
 class EvaluationSpec(Spec):
     """How the contestants are scored after the search: base, base with a few-shot prompt, winner, production."""
 
@@ -206,3 +327,32 @@ class EvaluationSpec(Spec):
     )
     resamples: Annotated[int, Field(ge=100)] = 2000
     seed: int = 0
+    generation: Literal["auto", "vllm", "transformers"] = Field(
+        "auto",
+        description="What answers prompts. auto: vLLM where it is installed, a whole GPU is a contestant's, and the "
+        "16-bit weights take little of it.",
+    )
+    suites: dict[str, SuiteSpec] = Field(
+        {}, description="By name: more prompts for the contestants, beside the test split and the general set."
+    )
+    judge: JudgeSpec | None = None
+
+    @model_validator(mode="after")
+    def _suites_are_named_apart(self) -> EvaluationSpec:
+        for name, suite in self.suites.items():
+            paths.check_name(f"suites: {name!r}", name)
+            if name in _TAKEN:
+                raise ValueError(f"suites.{name}: must not be one of {', '.join(_TAKEN)}: Winnow has those")
+            if isinstance(suite, SafetySuite) and suite.judge and self.judge is None:
+                raise ValueError(f"suites.{name}.judge: needs evaluation.judge; add it, or leave safety to the rules")
+        return self
+
+    @property
+    def harness(self) -> dict[str, HarnessSuite]:
+        """The suites that lm-evaluation-harness runs."""
+        return {name: suite for name, suite in self.suites.items() if isinstance(suite, HarnessSuite)}
+
+    @property
+    def asked(self) -> dict[str, AnswersSuite | SafetySuite]:
+        """The suites whose prompts contestants answer."""
+        return {name: suite for name, suite in self.suites.items() if not isinstance(suite, HarnessSuite)}

@@ -6,9 +6,10 @@ from typing import Any
 
 import optuna
 import plotly.graph_objects as go
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.visualization import plot_intermediate_values, plot_parallel_coordinate
+from optuna.visualization import plot_intermediate_values, plot_parallel_coordinate, plot_param_importances
 
 from cluster import files, paths
 from sweeps import pages
@@ -21,15 +22,19 @@ _COLOURS = {"COMPLETE": "#2a7f4f", "PRUNED": "#c9a227", "FAILED": "#b03a2e", "RU
 
 
 def draw(run_id: str) -> list[str]:
-    """Learning curves of all trials, who held which slot, and parallel coordinates of the completed trials."""
+    """Learning curves of all trials, who held which slot; of completed ones, parameters, and which of them matter."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(paths.study_file(run_id))))
     study = optuna.load_study(study_name=run_id, storage=storage)
     figures = [_learning_curves(study)]
     if paths.engines_file(run_id).exists():
         figures.append(_slots(files.read_json(paths.engines_file(run_id)), studies.records(study)))
-    if sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials) > 1:
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if len(complete) > 1:
         figures.append(plot_parallel_coordinate(study).update_layout(title="Parameters and eval loss"))
+    if len({trial.value for trial in complete}) > 1:  # nothing can be told apart otherwise
+        importances = plot_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        figures.append(importances.update_layout(title="Importance of parameters for eval loss (fANOVA)"))
     return [pages.chart(figure.update_layout(**_LAYOUT)) for figure in figures]
 
 

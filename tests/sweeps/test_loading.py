@@ -53,6 +53,37 @@ WRONG = {
         {"serving": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 1}}}, ["min_replicas", "max_replicas=1"],
     ),
     "unknown metric": ({"gate": {"metric": "rouge"}}, ["gate.metric", "rougeL", "'rouge'"]),
+    "suite of no kind": ({"evaluation": {"suites": {"mine": {"path": "x"}}}}, ["evaluation.suites.mine", "'kind'"]),
+    "suite of an unknown kind": (
+        {"evaluation": {"suites": {"mine": {"kind": "own", "path": "x"}}}}, ["suites.mine", "'answers', 'safety'"],
+    ),
+    "suite with a name of ours": (
+        {"evaluation": {"suites": {"general": {"kind": "answers", "path": "x"}}}}, ["suites.general", "domain"],
+    ),
+    "suite that is not there": (
+        {"evaluation": {"suites": {"mine": {"kind": "answers", "path": "nowhere.jsonl"}}}},
+        ["evaluation.suites.mine.path", "nowhere.jsonl"],
+    ),
+    "safety judged by nobody": (
+        {"evaluation": {"suites": {"mine": {"kind": "safety", "path": "x", "judge": True}}}},
+        ["suites.mine.judge", "evaluation.judge"],
+    ),
+    "pattern that is none": (
+        {"evaluation": {"suites": {"mine": {"kind": "safety", "path": "x", "refusals": ["("]}}}},
+        ["suites.mine", "refusals", "regular expression", "'('"],
+    ),
+    "key in a judge's address": (
+        {"evaluation": {"judge": {"model": "m", "base_url": "https://a:b@x/v1"}}},
+        ["evaluation.judge.base_url", "environment"],
+    ),
+    "key in a judge's section": (
+        {"evaluation": {"judge": {"model": "m", "api_key": "s"}}}, ["evaluation.judge.api_key", "unknown key"],
+    ),
+    "spend without prices": (
+        {"evaluation": {"judge": {"model": "m", "max_spend_usd": 1.0}}}, ["usd_per_million_input_tokens"],
+    ),
+    "limit on a suite that is not there": ({"gate": {"suites": {"mine": {}}}}, ["gate.suites.mine", "there is none"]),
+    "win rate without a judge": ({"gate": {"min_win_rate": 0.5}}, ["gate.min_win_rate", "evaluation.judge"]),
     "tag that no source has": ({"data": {"shares": {"synthetic": {"max": 0.3}}}}, ["shares.synthetic"]),
     "hub data without revision": (
         {"data": {"sources": [{"path": "org/rows"}]}}, ["data.sources.0.revision", "org/rows"],

@@ -74,5 +74,4 @@ def test_a_metric_over_all_is_the_mean_of_each() -> None:
 def test_agreement_is_over_prompts() -> None:
     left, right = ([Answer("p", "", text) for text in texts] for texts in ("abcd", "abcx"))
     assert metrics.agreement(left, right) == 0.75
-    assert metrics.exact_match([]) == 0.0
     assert metrics.measure("generation", []) == {}

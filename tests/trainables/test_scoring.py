@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trainables import base, merge, metrics, scoring, solo
 from trainables.contract import TrialConfig
 from trainables.data import prepare, snapshot
+from trainables.generation import with_transformers
 from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
 
 
@@ -45,8 +46,11 @@ def test_loss_weighs_every_labelled_token_the_same_whatever_the_batch(spec, data
 
 def test_answers_do_not_depend_on_the_batch(spec, data) -> None:
     model, tokenizer, rows = base.load_model(spec), base.load_tokenizer(spec), data.rows("test")
-    one = scoring.answer(model, tokenizer, rows, EvaluationSpec(batch_size=1, max_new_tokens=6))
-    many = scoring.answer(model, tokenizer, rows, EvaluationSpec(batch_size=7, max_new_tokens=6))
+    one, many = (
+        scoring.answer(with_transformers(model, tokenizer, EvaluationSpec(batch_size=size, max_new_tokens=6)),
+                       tokenizer, rows)
+        for size in (1, 7)
+    )  # fmt: skip
     assert one == many
     assert [answer.expected for answer in one] == [row["messages"][-1]["content"] for row in rows]
 
@@ -55,12 +59,12 @@ def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -
     contestants = scoring.score_base(spec, str(data.directory), EvaluationSpec(max_new_tokens=4))
     assert list(contestants) == ["base", "few_shot"]
     scores, few_shot = contestants["base"], contestants["few_shot"]
-    assert scores.kind == "extraction"
+    assert scores.sets["domain"].kind == "extraction"
     assert {"loss", "perplexity", "exact_match", "json_validity", "field_accuracy", "field_accuracy.urgency",
             "general_exact_match", "answer_tokens", "latency_s"} <= set(scores.metrics)  # fmt: skip
     assert scores.metrics["perplexity"] == pytest.approx(math.exp(scores.metrics["loss"]), rel=1e-4)
     assert 0 < scores.metrics["answer_tokens"] <= 4
-    assert len(scores.general_answers) == data.count("general")
+    assert len(scores.sets["general"].answers) == data.count("general")
     assert few_shot.shots == 3
     assert [one.answer for one in few_shot.answers] != [one.answer for one in scores.answers]
     assert [one.prompt for one in few_shot.answers] == [one.prompt for one in scores.answers]

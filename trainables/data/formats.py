@@ -153,6 +153,17 @@ def _completion(row: Row) -> tuple[Messages, None]:
     return _turn(_text(row, "prompt"), _text(row, "completion")), None
 
 
+def messages_of(row: Row) -> Messages:
+    """What is asked in a row that has a ``prompt`` or, as in a chat, ``messages``.
+
+    Raises:
+        RowError: it has neither, or one that is not of its kind.
+    """
+    if "messages" in row:
+        return _messages(row, "messages")
+    return [{"role": "user", "content": _text(row, "prompt")}]
+
+
 def _plain(row: Row) -> tuple[Messages, str]:
     return [], _text(row, "text")
 

@@ -24,6 +24,7 @@ from trainables.data.formats import Example, WrongRow, prefixed, read_rows
 from trainables.data.quality import Finding
 from trainables.data.snapshot import SPLITS, Snapshot
 from trainables.data.sources import Part
+from trainables.data.suites import Suite
 from trainables.spec import DataSpec, PersonalDataSpec, SourceSpec
 
 Log = Callable[[str], None]
@@ -53,17 +54,24 @@ class Account:
         return [finding for finding in self.findings if finding.level == "error"]
 
 
-def prepare(spec: DataSpec, tokenizer: Any, completion_only: bool = True, log: Log = lambda _: None) -> Snapshot:
+def prepare(
+    spec: DataSpec,
+    tokenizer: Any,
+    completion_only: bool = True,
+    log: Log = lambda _: None,
+    suites: Sequence[Suite] = (),
+) -> Snapshot:
     """The snapshot of these sources, made now or found from before.
 
     Args:
         completion_only: label the assistant's tokens alone.
         log: takes lines of progress, and every warning.
+        suites: what they ask must not be trained on.
 
     Raises:
         ValueError: a source cannot be read, or something about the data is an error; the line names each.
     """
-    return accepted(*examine(spec, tokenizer, completion_only, log), log)
+    return accepted(*examine(spec, tokenizer, completion_only, log, suites), log)
 
 
 def accepted(manifest: dict[str, Any], made: Snapshot | None, log: Log) -> Snapshot:
@@ -87,7 +95,11 @@ def told(finding: dict[str, Any]) -> str:
 
 
 def examine(
-    spec: DataSpec, tokenizer: Any, completion_only: bool = True, log: Log = lambda _: None
+    spec: DataSpec,
+    tokenizer: Any,
+    completion_only: bool = True,
+    log: Log = lambda _: None,
+    suites: Sequence[Suite] = (),
 ) -> tuple[dict[str, Any], Snapshot | None]:
     """The manifest, and the snapshot, which is not written where a finding is an error.
 
@@ -97,15 +109,18 @@ def examine(
     opened = [sources.parts(source, f"data.sources.{index}.path") for index, source in enumerate(spec.sources)]
     general = sources.parts(SourceSpec(path=spec.general), "data.general") if spec.general else []
     described = [[{"name": part.name, "sha256": part.sha256()} for part in parts] for parts in (*opened, general)]
-    dataset_hash = _hash(spec, described, tokenizer, completion_only)
+    suites = [suite for suite in suites if suite.examples]
+    apart = [suite.sources for suite in suites]
+    dataset_hash = _hash(spec, described + apart, tokenizer, completion_only)
     if found := snapshot.find(dataset_hash):
         log(f"data: snapshot {dataset_hash} is there already")
         return found.manifest, found
-    account = Account(_opening(spec, described, dataset_hash, completion_only))
+    account = Account(_opening(spec, described, apart, dataset_hash, completion_only))
     groups = [_read(parts, spec, account, log) for parts in (*opened, general)]
     *groups, held_out = _look_through(groups, spec.personal_data, account, log)
     account.findings += quality.check([example for group in groups for example in group])
-    groups = _deduplicate(groups, held_out, spec.near_duplicate_threshold, account, log)
+    asked = [example for suite in suites for example in suite.examples]
+    groups = _deduplicate(groups, [*held_out, *asked], spec.near_duplicate_threshold, account, log)
     groups = _mix(groups, spec, account)
     splits = _split(groups, spec, account)
     if not splits:
@@ -128,12 +143,16 @@ def _hash(spec: DataSpec, described: list[list[dict[str, str]]], tokenizer: Any,
 
 
 def _opening(
-    spec: DataSpec, described: list[list[dict[str, str]]], dataset_hash: str, completion_only: bool
+    spec: DataSpec,
+    described: list[list[dict[str, str]]],
+    apart: list[list[dict[str, str]]],
+    dataset_hash: str,
+    completion_only: bool,
 ) -> dict[str, Any]:
-    tags = [*(source.tag for source in spec.sources), "held out"]
+    tags = [*(source.tag for source in spec.sources), "held out", *("suite" for _ in apart)]
     return {
         "dataset_hash": dataset_hash,
-        "sources": [part | {"tag": tag} for parts, tag in zip(described, tags, strict=True) for part in parts],
+        "sources": [part | {"tag": tag} for parts, tag in zip(described + apart, tags, strict=True) for part in parts],
         "settings": spec.model_dump(mode="json") | {"completion_only_loss": completion_only},
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "steps": [],
@@ -179,7 +198,7 @@ def _look_through(
 def _deduplicate(
     groups: list[list[Example]], held_out: list[Example], threshold: float, account: Account, log: Log
 ) -> list[list[Example]]:
-    """Every example once. The held-out set stands first: it always stays."""
+    """Every example once. What is held out stands first: it always stays."""
     everything = [*held_out, *(example for group in groups for example in group)]
     log(f"data: looking for duplicates among {len(everything):,} examples")
     found = find_duplicates([example.text for example in everything], threshold)

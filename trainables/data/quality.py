@@ -75,7 +75,7 @@ def duplicates(account: Mapping[str, Any]) -> Iterator[Finding]:
         message = f"examples repeat another one ({account['exact']:,} exactly, {account['near']:,} nearly); left out"
         yield Finding("duplicate", "info", count, message, tuple(told[:_SHOWN]))
     if count := account["of_held_out"]:
-        yield Finding("held_out_twin", "warning", count, "examples repeat held-out general ones; left out")
+        yield Finding("held_out_twin", "warning", count, "examples repeat held-out ones (general or a suite); left out")
 
 
 def too_small_to_split(examples: int, evals: int, tests: int, spec: DataSpec) -> Finding:
