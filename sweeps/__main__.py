@@ -159,21 +159,27 @@ def review(arguments: argparse.Namespace) -> int:
     from sweeps.report import write_report
     from sweeps.run import stored_definition
 
-    run_id, seed = arguments.run, stored_definition(arguments.run).evaluation.seed
+    run_id, who = arguments.run, arguments.reviewer or getpass.getuser()
+    if arguments.prompts < 1:
+        raise ValueError(f"--prompts: must be at least 1, but got {arguments.prompts}")
+    seed = stored_definition(run_id).evaluation.seed
     scored = contestants.read(run_id)
-    left = reviews.sheets(run_id, scored, arguments.prompts, seed)
-    who = arguments.reviewer or getpass.getuser()
-    if left:
-        review_page.serve(
-            left, lambda sheet, scores, better: reviews.keep(run_id, sheet, scores, better, who), arguments.port, say
-        )
+
+    def keep(sheet: reviews.Sheet, scores: dict[reviews.Label, int], better: str) -> None:
+        reviews.keep(run_id, sheet, scores, better, who)
+
+    try:
+        if left := reviews.sheets(run_id, scored, arguments.prompts, seed):
+            review_page.serve(left, keep, arguments.port, say)
+    except KeyboardInterrupt:
+        say(f"interrupted; what was scored is kept; go on with: python -m sweeps review {run_id}")
+        return INTERRUPTED
     found = reviews.summary(run_id, scored)
-    if found is None:
-        raise KeyboardInterrupt
+    assert found, "all prompts are reviewed"
     for side, score in found["scores"].items():
         say(f"review: {side} {score:g} of 5, better on {found['better'][side]} of {found['reviews']} prompts")
     say(f"report: {write_report(run_id)}")
-    say(f"review: kept in the run; judge it again with: python -m sweeps gate {run_id}, or register: promote {run_id}")
+    say(f"review: kept in the run; python -m sweeps gate {run_id} judges with it, promote {run_id} registers")
     answer(arguments, {"run_id": run_id} | found)
     return DONE
 

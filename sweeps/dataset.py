@@ -48,6 +48,8 @@ def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:
             "add a source with answers, or let one that has them go into all splits"
         )
     _check_metric("gate.metric", spec.metric, expected, "the test split's", fields)
+    for name in filter(is_gate_metric, definition.search.objectives):
+        _check_metric("search.objectives", name, expected, "the test split's", fields)
     for suite in suites.read(definition.evaluation, definition.data.task_prefixes):
         if suite.name in spec.suites:
             expected = [messages[-1]["content"] for messages in suite.conversations]

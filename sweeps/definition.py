@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster import paths
 from serving.spec import ServingSpec
+from trainables.contract import Measurement
 from trainables.spec import (
     BaseModelSpec,
     DataSpec,
@@ -80,9 +81,38 @@ class DistributionSpec(Spec):
         return not isinstance(value, (str, bool)) and low <= value <= high
 
 
+METRICS = ("exact_match", "accuracy", "precision", "recall", "f1", "json_validity", "field_accuracy",
+           "rouge1", "rouge2", "rougeL", "bleu")  # fmt: skip
+"""What answers can be judged by. Which of them there are follows from the kind of task."""
+
+EVAL_LOSS = "eval_loss"
+_COSTS = ("device_seconds", "trained_tokens")
+_FALLING = (EVAL_LOSS, *_COSTS, "answer_tokens")
+"""Objectives of which less is better; of all others more is."""
+
+
+def is_gate_metric(name: str) -> bool:
+    """Whether a gate may ask for it: a share, higher is better."""
+    return name in METRICS or name.startswith("field_accuracy.")
+
+
+def is_minimised(objective: str) -> bool:
+    return objective in _FALLING
+
+
 class SearchSpec(Spec):
     """Which hyperparameters are searched, how, and how many trials. Names are Ray Tune's and Optuna's."""
 
+    objectives: tuple[str, ...] = Field(
+        (EVAL_LOSS,),
+        min_length=1,
+        description=f"What is searched for: {', '.join(_FALLING)} (the less the better), or metrics of answers to the "
+        "eval split as the gate has them. Several make a multi-objective search; the winner is the best by the first, "
+        "among equals by the next.",
+    )
+    objective_prompts: Annotated[int, Field(ge=10)] = Field(
+        100, description="Of the eval split, that a trial answers at its end where an objective goes by answers."
+    )
     space: dict[str, DistributionSpec] = Field(min_length=1, description="Any field of 'training'.")
     sampler: Literal["tpe", "random"] = "tpe"
     n_startup_trials: Annotated[int, Field(ge=1)] = Field(6, description="Random trials before TPE starts.")
@@ -95,6 +125,27 @@ class SearchSpec(Spec):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         1, description="Times a trial that lost its process goes on from its last checkpoint."
     )
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        for name in objectives:
+            if name not in _FALLING and not is_gate_metric(name):
+                able = ", ".join((*_FALLING, *METRICS))
+                raise ValueError(f"must be of {able} or field_accuracy.FIELD, but got {name!r}")
+        if len(set(objectives)) < len(objectives):
+            raise ValueError(f"must name each objective once, but got {', '.join(objectives)}")
+        return objectives
+
+    @property
+    def by_loss_alone(self) -> bool:
+        """Whether it is the search that eval loss can steer while trials still run."""
+        return self.objectives == (EVAL_LOSS,)
+
+    @property
+    def of_answers(self) -> tuple[str, ...]:
+        """The objectives for which a trial has to answer prompts."""
+        return tuple(name for name in self.objectives if name not in (EVAL_LOSS, *_COSTS))
 
     @model_validator(mode="after")
     def _points_lie_in_space(self) -> SearchSpec:
@@ -111,19 +162,11 @@ class SearchSpec(Spec):
 class SchedulerSpec(Spec):
     """When a trial is stopped early: Ray Tune's ASHA on eval loss."""
 
-    type: Literal["asha", "none"] = "asha"
+    type: Literal["auto", "asha", "none"] = Field(
+        "auto", description="auto: asha where eval loss is the only objective, none where it is not."
+    )
     grace_period: Annotated[float, Field(gt=0)] = Field(1, description="Epochs before a trial may be stopped.")
     reduction_factor: Annotated[float, Field(gt=1)] = 3
-
-
-METRICS = ("exact_match", "accuracy", "precision", "recall", "f1", "json_validity", "field_accuracy",
-           "rouge1", "rouge2", "rougeL", "bleu")  # fmt: skip
-"""What a winner can be judged by. Which of them there are follows from the kind of task."""
-
-
-def is_gate_metric(name: str) -> bool:
-    """Whether a gate may ask for it: a share, higher is better."""
-    return name in METRICS or name.startswith("field_accuracy.")
 
 
 Share = Annotated[float, Field(ge=-1, le=1)]
@@ -263,12 +306,33 @@ class SweepDefinition(Spec):
 
     @model_validator(mode="after")
     def _grace_ends_before_the_longest_trial(self) -> SweepDefinition:
-        if self.scheduler.type == "asha" and self.scheduler.grace_period > self.longest_trial_epochs:
+        if self.stops_early and self.scheduler.grace_period > self.longest_trial_epochs:
             raise ValueError(
                 f"scheduler.grace_period must be at most the longest trial's {self.longest_trial_epochs:g} epochs, "
                 f"or nothing is ever stopped, but got {self.scheduler.grace_period:g}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _only_loss_stops_early(self) -> SweepDefinition:
+        if self.scheduler.type == "asha" and not self.search.by_loss_alone:
+            raise ValueError(
+                f"scheduler.type: asha stops trials by eval loss, but search.objectives are "
+                f"{', '.join(self.search.objectives)}, which are known at a trial's end only; set it to auto or none"
+            )
+        return self
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What a trained trial is asked; None where no objective goes by answers."""
+        if not self.search.of_answers:
+            return None
+        return Measurement(self.base_model, self.evaluation, self.search.objective_prompts)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether trials are stopped before their end."""
+        return self.scheduler.type == "asha" or (self.scheduler.type == "auto" and self.search.by_loss_alone)
 
     @property
     def longest_trial_epochs(self) -> float:

@@ -29,8 +29,8 @@ def plan(
     search, scheduler = definition.search, definition.scheduler
     an_epoch = steps_per_epoch(train_examples, definition.training.effective_batch)
     longest = round(definition.longest_trial_epochs * an_epoch)
-    asha, grace = scheduler.type == "asha", scheduler.grace_period * an_epoch
-    rungs = _rungs(grace, longest, scheduler.reduction_factor) if asha else []
+    grace = scheduler.grace_period * an_epoch
+    rungs = _rungs(grace, longest, scheduler.reduction_factor) if definition.stops_early else []
     return {
         "trials": search.num_samples,
         **_backend(definition),

@@ -91,6 +91,11 @@ def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: 
 
     search = definition.search
     log(f"search: {search.num_samples} trials, {_backend(definition)}")
+    if not search.by_loss_alone:
+        log(
+            f"search: by {', '.join(search.objectives)}; no trial is stopped early, "
+            "for what stops one is eval loss, and it is not all that is searched for"
+        )
     trials = runner.run_search(definition, outcome.run_id, data)
     winner = study.best(trials)
     outcome.trials = [trial.as_result() for trial in trials]
@@ -103,7 +108,11 @@ def _search(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: 
         raise RuntimeError(f"no trial completed: {_reasons(trials)}")
     if saved := runner.savings(outcome.run_id):
         log(saved)
-    log(f"winner: {winner.trial_id}, eval loss {winner.eval_loss:.4f}")
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in winner.objectives.items())
+    log(f"winner: {winner.trial_id}, {values}")
+    others = [trial.trial_id for trial in study.pareto_front(trials) if trial != winner]
+    if others and len(search.objectives) > 1:
+        log(f"on the Pareto front too: {', '.join(others)}; register one with: promote {outcome.run_id} --trial ID")
     return winner.as_result()
 
 

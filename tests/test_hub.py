@@ -19,7 +19,7 @@ def small(definition, all_formats) -> Any:
         return definition(
             base_model={"model_name_or_path": "org/tiny", "revision": revision},
             data={"sources": all_formats},
-            search={"num_samples": 1},
+            search={"num_samples": 1, "objectives": ["field_accuracy", "answer_tokens"], "objective_prompts": 10},
             tracking={"enabled": False},
         )
 
@@ -34,6 +34,8 @@ def test_a_sweep_over_a_base_from_a_hub(home: Path, small, write, tmp_path: Path
         wrong = winnow("sweeps", "run", write(small("no-such-revision")), env=hub)
     assert handed.count("model.safetensors") == 1, "loaded once, then from the cache"
     result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["trials"][0]["objectives"]) == {"field_accuracy", "answer_tokens"}
+    assert 0 < result["trials"][0]["objectives"]["answer_tokens"] <= 8, "max_new_tokens"
     record = json.loads((Path(result["model"]["path"]) / "record.json").read_text())
     assert record["base_model"]["revision"] == fake_hub.COMMIT
     assert record["base_model"]["fingerprint"] == f"org/tiny@{fake_hub.COMMIT}"

@@ -214,13 +214,16 @@ def test_the_gate_rejects_with_status_3_and_registers_nothing(home: Path, defini
     content = definition(
         data={"sources": all_formats},
         gate={"min_score": 1.0},
-        search={"num_samples": 1},
+        search={"num_samples": 1, "objectives": ["json_validity", "trained_tokens"], "objective_prompts": 10},
         tracking={"enabled": False},
         training={"backend": "solo"},
     )
     done = winnow("sweeps", "run", write(content), "--json")
     assert done.returncode == 3, done.stderr
     result = last_json(done)
+    (trial,) = result["trials"]
+    assert trial["objectives"] == {"json_validity": 0.0, "trained_tokens": trial["trained_tokens"]}
+    assert "by json_validity, trained_tokens; no trial is stopped early" in done.stderr
     assert (result["status"], result["gate"]["verdict"], result["model"]) == ("rejected", "REJECT", None)
     assert not (home / "registry").exists()
 

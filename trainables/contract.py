@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainables.spec import BaseModelSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, EvaluationSpec, TrainingSpec
 
 Reason = Literal["oom", "nan", "error", "lost"]
 
@@ -32,6 +32,16 @@ class TrialConfig:
     """Absolute directory of the data snapshot."""
     reference_batch: int
     """Examples in one step of the shared axis: the definition's own effective batch."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a trial answers once it is trained, where a search goes by its answers."""
+
+    base_model: BaseModelSpec
+    evaluation: EvaluationSpec
+    prompts: int
+    """Of the eval split, at most."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster import files
 from trainables import placement
-from trainables.contract import Report, ReportFunction, TrialConfig, TrialFailure
+from trainables.contract import Measurement, Report, ReportFunction, TrialConfig, TrialFailure
 from trainables.outboxes import END, Message, Outboxes
 from trainables.placement import Bucket, Occupancy
 from trainables.spec import BaseModelSpec, TrainingSpec
@@ -51,6 +51,8 @@ class EngineConfig:
     """Slots that are wanted; memory may allow fewer."""
     memory_bytes: float | None = None
     """That the engine may use; None: most of its GPU's, or of its cores' share of the machine's."""
+    measurement: Measurement | None = None
+    """What is asked of adapters here, on a base beside the shared one."""
 
 
 def start(count: int, resources: dict[str, float], config: EngineConfig) -> list[ray.actor.ActorHandle]:
@@ -98,7 +100,8 @@ class EngineHost:
         )
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self.memory_bytes = config.memory_bytes or probe.device_memory(self.engine.device, cpus)
-        self.memory = self._probe(training, config.largest)
+        self.memory = self._probe(training, config.largest, config.measurement is not None)
+        self.examiner = self._examiner(config)
         self.changed = threading.Condition()
         self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
@@ -106,9 +109,15 @@ class EngineHost:
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
 
-    def _probe(self, training: TrainingSpec, largest: TrainingSpec) -> MemoryModel | None:
+    def _examiner(self, config: EngineConfig) -> Any:
+        from trainables.objectives import Examiner
+
+        return Examiner(config.measurement, config.dataset) if config.measurement else None
+
+    def _probe(self, training: TrainingSpec, largest: TrainingSpec, measures: bool) -> MemoryModel | None:
         """What a trial costs here, and with that the engine's capacity.
 
+        An engine that measures keeps room for a base of its own to answer with, and as much again for its answers.
         Where not even a probe fits, trials are let in one by one: each then fails as ``oom``, which is its result.
         """
         import torch
@@ -117,6 +126,7 @@ class EngineHost:
 
         try:
             model = probe.memory(self.engine, largest)
+            self.memory_bytes -= 2 * model.base if measures else 0
             self.engine.limit(model.slots(self.memory_bytes))
             self.engine.keep_dequantised(model.keeps_dequantised(self.engine.capacity, self.memory_bytes))
             alone = probe.alone(self.engine, training)
@@ -177,6 +187,12 @@ class EngineHost:
         """A trial's report has been judged; the next one may go out."""
         with self.changed:
             self.outboxes.decided(trial_id)
+
+    def measure(self, adapter: dict[str, bytes]) -> dict[str, float]:
+        """What an adapter's files answer; other trials train on meanwhile."""
+        with tempfile.TemporaryDirectory(prefix="winnow-measure-") as scratch:
+            files.write_tree(Path(scratch), adapter)
+            return self.examiner.measure(Path(scratch))
 
     def account(self) -> dict[str, Any]:
         """Counted work, which trial held which slot from when to when, and what the engine knows of its memory."""
@@ -271,6 +287,21 @@ def run_trial(
             time.sleep(_POLL_S)  # Ray is starting it again, or another engine has a slot
         finally:
             engines[here].evict.remote(config.trial_id)
+
+
+def measure(engines: Sequence[ray.actor.ActorHandle], adapter: Path) -> dict[str, float]:
+    """What an adapter answers, on the engine with most free slots.
+
+    Raises:
+        RayActorError: every engine is gone for good.
+    """
+    files_of_it = files.read_tree(adapter)
+    while True:
+        free = [occupancy.free for occupancy in _occupancies(engines)]
+        try:
+            return ray.get(engines[free.index(max(free))].measure.remote(files_of_it))  # type: ignore[return-value]
+        except RayActorError:
+            time.sleep(_POLL_S)  # Ray is starting it again
 
 
 @dataclass

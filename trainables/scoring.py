@@ -127,9 +127,7 @@ def few_shot(
     They come from files that the test split has examples of too, drawn by seed; as many as the model's positions hold
     beside the longest prompt and its answer.
     """
-    test = snapshot.answered(data.rows("test"))
-    files = {_file(row) for row in test}
-    able = [row for row in snapshot.answered(data.rows("train")) if _file(row) in files]
+    test, able = snapshot.answered(data.rows("test")), of_test_files(data, "train")
     chosen = random.Random(evaluation.seed).sample(able, min(evaluation.few_shot, len(able)))
     asked = [row["messages"] for row in test] + [one for suite in suites for one in suite.conversations]
     longest = max(len(prompt_ids(tokenizer, messages)) for messages in asked) + evaluation.max_new_tokens
@@ -144,8 +142,14 @@ def few_shot(
     return shots
 
 
-def _file(row: dict[str, Any]) -> str:
-    return row["source"].rpartition(":")[0]
+def of_test_files(data: snapshot.Snapshot, split: str) -> list[dict[str, Any]]:
+    """Rows of a split with answers, from files that the test split has such rows of."""
+
+    def file(row: dict[str, Any]) -> str:
+        return row["source"].rpartition(":")[0]
+
+    files = {file(row) for row in snapshot.answered(data.rows("test"))}
+    return [row for row in snapshot.answered(data.rows(split)) if file(row) in files]
 
 
 def _with_shots(messages: Messages, shots: Sequence[Messages]) -> Messages:

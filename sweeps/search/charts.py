@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import optuna
@@ -9,7 +11,7 @@ import plotly.graph_objects as go
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.visualization import plot_intermediate_values, plot_parallel_coordinate, plot_param_importances
+from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_pareto_front
 
 from cluster import files, paths
 from sweeps import pages
@@ -22,31 +24,57 @@ _COLOURS = {"COMPLETE": "#2a7f4f", "PRUNED": "#c9a227", "FAILED": "#b03a2e", "RU
 
 
 def draw(run_id: str) -> list[str]:
-    """Learning curves of all trials, who held which slot; of completed ones, parameters, and which of them matter."""
+    """Learning curves of all trials, who held which slot; of completed ones, how they compare and what matters."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(paths.study_file(run_id))))
     study = optuna.load_study(study_name=run_id, storage=storage)
-    figures = [_learning_curves(study)]
+    figures = [_learning_curves(studies.records(study))]
     if paths.engines_file(run_id).exists():
         figures.append(_slots(files.read_json(paths.engines_file(run_id)), studies.records(study)))
-    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    if len(complete) > 1:
-        figures.append(plot_parallel_coordinate(study).update_layout(title="Parameters and eval loss"))
-    if len({trial.value for trial in complete}) > 1:  # nothing can be told apart otherwise
-        importances = plot_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-        figures.append(importances.update_layout(title="Importance of parameters for eval loss (fANOVA)"))
+    figures += _of_completed(study)
     return [pages.chart(figure.update_layout(**_LAYOUT)) for figure in figures]
 
 
-def _learning_curves(study: optuna.Study) -> go.Figure:
-    """Optuna's curves; a pruned trial's line is dotted."""
-    figure = plot_intermediate_values(study)
-    pruned = {f"Trial{trial.number}" for trial in study.trials if trial.state == optuna.trial.TrialState.PRUNED}
-    for line in figure.data:
-        if line.name in pruned:
-            line.update(line={"dash": "dot"}, opacity=0.5, name=f"{line.name} (pruned)")
+def _of_completed(study: optuna.Study) -> Iterator[go.Figure]:
+    """Optuna's own plots, once for each objective."""
+    names = studies.objectives(study)
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if 1 < len(names) < 4 and complete:
+        yield plot_pareto_front(study, target_names=names).update_layout(title="Pareto front")
+    for index, name in enumerate(names if len(complete) > 1 else []):
+        words, target = name.replace("_", " "), partial(_value, index=index)
+        title = f"Parameters and {words}"
+        yield plot_parallel_coordinate(study, target=target, target_name=words).update_layout(title=title)
+        if len({trial.values[index] for trial in complete}) > 1:  # nothing can be told apart otherwise
+            importance = FanovaImportanceEvaluator(seed=0)
+            figure = plot_param_importances(study, evaluator=importance, target=target, target_name=words)
+            yield figure.update_layout(title=f"Importance of parameters for {words} (fANOVA)")
+
+
+def _value(trial: optuna.trial.FrozenTrial, index: int) -> float:
+    return trial.values[index]
+
+
+def _learning_curves(trials: list[TrialRecord]) -> go.Figure:
+    """Eval loss over steps; a pruned trial's line is dotted, and a cross stands where it was stopped."""
+    figure = go.Figure()
+    for trial in trials:
+        pruned = trial.state == "PRUNED"
+        figure.add_scatter(
+            x=[step for step, _ in trial.curve],
+            y=[loss for _, loss in trial.curve],
+            mode="lines+markers",
+            name=f"{trial.trial_id}{' (pruned)' if pruned else ''}",
+            line={"dash": "dot" if pruned else "solid"},
+            marker={"symbol": ["circle"] * (len(trial.curve) - 1) + ["x" if pruned else "circle"], "size": 8},
+            opacity=0.5 if pruned else 1.0,
+        )
     return figure.update_layout(
-        title="Eval loss of every trial", xaxis_title="step", yaxis_title="eval loss", yaxis_type="log"
+        title="Eval loss of every trial",
+        xaxis_title="step",
+        yaxis_title="eval loss",
+        yaxis_type="log",
+        showlegend=True,
     )
 
 

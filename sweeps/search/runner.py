@@ -83,6 +83,7 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
         definition.largest_training,
         definition.slots_per_engine,
         gib and gib * 2**30,
+        definition.measurement,
     )
     engines = host.start(resources.engines, resources.engine_as_ray(), config)
     try:
@@ -114,7 +115,7 @@ def savings(run_id: str) -> str | None:
 def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> WatchedASHA:
     spec = definition.scheduler
     an_epoch = steps_per_epoch(data.count("train"), definition.training.effective_batch)
-    grace = spec.grace_period * an_epoch if spec.type == "asha" else 0
+    grace = spec.grace_period * an_epoch if definition.stops_early else 0
     return WatchedASHA(ledger, grace, definition.longest_trial_epochs * an_epoch, spec.reduction_factor)
 
 

@@ -12,9 +12,12 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from sweeps.definition import SearchSpec
+from sweeps.definition import EVAL_LOSS, SearchSpec
 from sweeps.search import study as studies
 from sweeps.search.ledger import Ledger
+
+_MEASURED = "measured/"
+"""Tune hands a searcher the parts of a report's objects one by one, under such names."""
 
 _TOLD = {"COMPLETE": TrialState.COMPLETE, "PRUNED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
 
@@ -68,18 +71,26 @@ class StudySearcher(Searcher):
             self._note(trial, result)
         trial.set_user_attr("reason", verdict.reason)
         trial.set_user_attr("message", verdict.message)
-        value = studies.record(_frozen(trial)).eval_loss
-        state = _TOLD[verdict.state]
-        if state is TrialState.COMPLETE and value is None:  # ended without one evaluation
+        state, values = _TOLD[verdict.state], self._values(studies.frozen(trial))
+        if state is TrialState.COMPLETE and None in values:
+            missing = [name for name, value in zip(self.search.objectives, values, strict=True) if value is None]
             trial.set_user_attr("reason", "error")
-            trial.set_user_attr("message", "ended without a report")
+            trial.set_user_attr("message", f"ended without a report of {', '.join(missing)}")
             state = TrialState.FAIL
-        self.study.tell(trial.number, value if state is TrialState.COMPLETE else None, state=state)
+        told = [value for value in values if value is not None]
+        self.study.tell(trial.number, told if state is TrialState.COMPLETE else None, state=state)
+
+    def _values(self, trial: optuna.trial.FrozenTrial) -> list[float | None]:
+        """By objective, what the trial came to; None where it was not reported."""
+        losses = [loss for _, loss in studies.curve(trial)]
+        known = trial.user_attrs | trial.user_attrs.get("measured", {}) | {EVAL_LOSS: min(losses, default=None)}
+        return [known.get(name) for name in self.search.objectives]
 
     def _note(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
-        step = int(result["step"])
-        if step not in _frozen(trial).intermediate_values:
-            trial.report(float(result["eval_loss"]), step)
+        studies.note(trial, int(result["step"]), float(result["eval_loss"]))
+        measured = {key.removeprefix(_MEASURED): value for key, value in result.items() if key.startswith(_MEASURED)}
+        if measured:
+            trial.set_user_attr("measured", measured)
         trial.set_user_attr("trained_tokens", int(result["trained_tokens"]))
         trial.set_user_attr("seconds", round(float(result["seconds"]), 3))
         trial.set_user_attr("device_seconds", round(float(result["device_seconds"]) * self.devices, 3))
@@ -92,7 +103,3 @@ class StudySearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-
-def _frozen(trial: optuna.Trial) -> optuna.trial.FrozenTrial:
-    return trial.study._storage.get_trial(trial._trial_id)

@@ -60,6 +60,7 @@ class LiveTable(Callback):
         left = self._time_left(records)
         for record in records:
             loss = f"eval loss {record.eval_loss:.4f} at step {record.steps}" if record.eval_loss is not None else ""
+            loss += "".join(f"  {name} {value:.4g}" for name, value in record.objectives.items() if name != "eval_loss")
             state = f"{record.state}{f' ({record.reason})' if record.reason else ''}"
             if self.seen.get(record.trial_id) == f"{state}{record.steps}":
                 continue
@@ -77,11 +78,12 @@ def trials_table(records: list[TrialRecord], num_samples: int, seconds_left: flo
     """All trials as a table for people, the best completed one marked."""
     winner, counted = studies.best(records), sum(record.state != "RUNNING" for record in records)
     losses = [record.eval_loss for record in records if record.eval_loss is not None]
+    others = [name for name in (winner.objectives if winner else {}) if name != "eval_loss"]
     best = f", best eval loss {min(losses):.4f}" if losses else ""
     left = f", about {seconds_left:.0f} s left" if seconds_left is not None else ""
     table = Table(title=f"{counted} of {num_samples} trials ended{best}{left}", title_justify="left")
-    for column in ("trial", "state", "params", "step", "eval loss", "seconds"):
-        table.add_column(column, justify="right" if column in {"step", "eval loss", "seconds"} else "left")
+    for column in ("trial", "state", "params", "step", "eval loss", *others, "seconds"):
+        table.add_column(column, justify="left" if column in {"trial", "state", "params"} else "right")
     colors = {"COMPLETE": "green", "PRUNED": "yellow", "FAILED": "red", "RUNNING": "cyan"}
     for record in records:
         state = f"{record.state}{f' ({record.reason})' if record.reason else ''}"
@@ -92,6 +94,7 @@ def trials_table(records: list[TrialRecord], num_samples: int, seconds_left: flo
             describe(record.params),
             str(record.steps),
             loss,
+            *(f"{record.objectives[name]:.4g}" if record.objectives else "-" for name in others),
             f"{record.seconds:.0f}",
         )
     return table

@@ -110,10 +110,15 @@ def _log_summary(spec: TrackingSpec, run_id: str, trials: list[TrialRecord], bes
     import wandb
 
     names = sorted({name for trial in trials for name in trial.params})
-    table = wandb.Table(columns=[*_COLUMNS, *names])
+    objectives = sorted({name for trial in trials for name in trial.objectives} - set(_COLUMNS))
+    table = wandb.Table(columns=[*_COLUMNS, *objectives, *names])
     for trial in trials:
-        facts = trial.as_result()
-        table.add_data(*(facts[column] for column in _COLUMNS), *(trial.params.get(name) for name in names))
+        facts = trial.as_result() | trial.objectives
+        table.add_data(
+            *(facts[column] for column in _COLUMNS),
+            *(facts.get(name) for name in objectives),
+            *(trial.params.get(name) for name in names),
+        )
     run = wandb.init(
         project=spec.project,
         group=run_id,

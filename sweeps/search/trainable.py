@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from ray import tune
 from ray.tune import Checkpoint
 
+from cluster import files
 from sweeps.definition import SweepDefinition
 from trainables import host
-from trainables.contract import Report, TrialConfig, TrialFailure
+from trainables.contract import ADAPTER, REPORT, Report, TrialConfig, TrialFailure
 
 
 def train_trial(
@@ -35,6 +37,7 @@ def train_trial(
         engines: where packed trials find a slot; none for solo ones.
     """
     run_trial = partial(host.run_trial, engines) if engines else _solo()
+    measure = _measure(definition, dataset, engines)
     params = {name: value for name, value in config.items() if name != "trial_id"}
     trial = TrialConfig(
         trial_id=config["trial_id"],
@@ -46,14 +49,52 @@ def train_trial(
     retried = tune.get_checkpoint()
     checkpoint = retried.path if retried else resume_from.get(trial.trial_id)
     with tempfile.TemporaryDirectory(prefix=f"winnow-{trial.trial_id}-") as workdir:
+        start = Path(checkpoint) if checkpoint else None
+        reports = _Reports(start, Path(workdir) / "best" if measure else None)
+        (Path(workdir) / "training").mkdir()
         try:
-            run_trial(trial, Path(workdir), Path(checkpoint) if checkpoint else None, _report)
+            run_trial(trial, Path(workdir) / "training", start, reports)
+            if measure:
+                tune.report(reports.last | {"measured": measure(Path(workdir) / "best")})
         except TrialFailure as failure:
             tune.report({"failure_reason": failure.reason, "failure_message": failure.message})
 
 
-def _report(report: Report, checkpoint: Path) -> None:
-    tune.report(report.as_dict(), checkpoint=Checkpoint.from_directory(checkpoint))
+class _Reports:
+    """Hands reports to Tune, and keeps what is needed of the last one once training has ended.
+
+    Args:
+        start: the checkpoint that the trial goes on from: it may have ended there.
+        adapter: where to keep the best adapter so far; None keeps none.
+    """
+
+    def __init__(self, start: Path | None, adapter: Path | None) -> None:
+        self.adapter, self.last = adapter, dict[str, Any]()
+        if start and adapter:
+            self.last = files.read_json(start / REPORT)
+            shutil.copytree(start / ADAPTER, adapter)
+
+    def __call__(self, report: Report, checkpoint: Path) -> None:
+        self.last = report.as_dict()
+        if self.adapter:
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            shutil.copytree(checkpoint / ADAPTER, self.adapter)
+        tune.report(self.last, checkpoint=Checkpoint.from_directory(checkpoint))
+
+
+def _measure(
+    definition: SweepDefinition, dataset: str, engines: Sequence[Any]
+) -> Callable[[Path], dict[str, float]] | None:
+    """What measures a trained adapter: an engine, or this process, which has the trial's device; None where nothing
+    is asked.
+    """
+    if not definition.measurement:
+        return None
+    if engines:
+        return partial(host.measure, engines)
+    from trainables.objectives import Examiner
+
+    return Examiner(definition.measurement, dataset).measure
 
 
 def _solo() -> Any:

@@ -53,6 +53,11 @@ WRONG = {
         {"serving": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 1}}}, ["min_replicas", "max_replicas=1"],
     ),
     "unknown metric": ({"gate": {"metric": "rouge"}}, ["gate.metric", "rougeL", "'rouge'"]),
+    "unknown objective": ({"search": {"objectives": ["rouge"]}}, ["search.objectives", "rougeL", "'rouge'"]),
+    "objective twice": ({"search": {"objectives": ["f1", "f1"]}}, ["search.objectives", "once", "f1, f1"]),
+    "asha on what is known at the end": (
+        {"search": {"objectives": ["f1"]}, "scheduler": {"type": "asha"}}, ["scheduler.type", "auto or none", "f1"],
+    ),
     "suite of no kind": ({"evaluation": {"suites": {"mine": {"path": "x"}}}}, ["evaluation.suites.mine", "'kind'"]),
     "suite of an unknown kind": (
         {"evaluation": {"suites": {"mine": {"kind": "own", "path": "x"}}}}, ["suites.mine", "'answers', 'safety'"],

@@ -111,6 +111,50 @@ def test_warm_start_comes_first_and_only_once(search) -> None:
     assert again[2].params not in [record.params for record in records]
 
 
+def test_several_objectives_make_a_multi_objective_study_that_loses_nothing(search, home: Path) -> None:
+    objectives = ["trained_tokens", "eval_loss"]
+    loaded, records = search([8, 9, 1, 10], search={"objectives": objectives})
+    assert loaded.stops_early is False
+    study = studies.open_study("run", loaded.search)
+    assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE"]
+    assert [record.state for record in records] == ["COMPLETE", "COMPLETE", "FAILED", "COMPLETE"]
+    assert [len(record.curve) for record in records] == [8, 8, 1, 8], "every evaluation is kept"
+    first = records[0]
+    assert first.objectives == {"trained_tokens": 800.0, "eval_loss": first.eval_loss}
+    assert first.as_result()["objectives"] == first.objectives
+    assert records[2].objectives == {}
+    assert studies.best(records) == first, "as many tokens as all, and the lowest loss of them"
+    more = loaded.model_copy(update={"search": loaded.search.model_copy(update={"num_samples": 5})})
+    again = runner.run_search(more, "run", DATA)  # type: ignore[arg-type]
+    assert again[:4] == records
+    assert len(again[4].curve) == 8
+
+
+def test_a_trial_that_was_not_measured_fails_and_says_of_what(search) -> None:
+    _, records = search([8], search={"objectives": ["exact_match", "eval_loss"]})
+    assert (records[0].state, records[0].reason) == ("FAILED", "error")
+    assert records[0].message == "ended without a report of exact_match"
+
+
+def record(trial_id: str, state: str = "COMPLETE", **objectives: float) -> studies.TrialRecord:
+    known = objectives if state == "COMPLETE" else {}
+    return studies.TrialRecord(trial_id, state, None, None, {}, 1.0, 1, 1, 1.0, 1.0, (), known)  # type: ignore[arg-type]
+
+
+def test_the_best_by_the_first_objective_wins_and_the_front_is_what_none_beats() -> None:
+    trials = [
+        record("t0", exact_match=0.8, trained_tokens=500),
+        record("t1", exact_match=0.9, trained_tokens=900),
+        record("t2", exact_match=0.9, trained_tokens=800),
+        record("t3", exact_match=0.7, trained_tokens=600),
+        record("t4", "PRUNED"),
+        record("t5", exact_match=0.8, trained_tokens=500),
+    ]
+    assert studies.best(trials) == trials[2]
+    assert [trial.trial_id for trial in studies.pareto_front(trials)] == ["t0", "t2", "t5"]
+    assert studies.best(trials[4:5]) is None
+
+
 def test_an_unfinished_trial_is_taken_up_again_under_its_own_number(search, home: Path) -> None:
     loaded, _ = search([8], scheduler={"type": "none"})
     study = studies.open_study("run", loaded.search)
