@@ -31,8 +31,11 @@ def render(template: str, **values: Any) -> str:
 
 
 def chart(figure: Any) -> str:
-    """A plotly figure as a piece of a page; ``page.html.jinja`` brings plotly's code once for all of them."""
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+    """A plotly figure as a piece of a page; ``page.html.jinja`` brings plotly's code once for all of them.
+
+    Without plotly's buttons: on a phone they would lie on the title.
+    """
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
 
 
 def differences(left: str, right: str) -> tuple[Runs, Runs]:

@@ -11,6 +11,9 @@ from cluster import files, paths
 from sweeps import contestants, costs, pages, results, reviews
 from trainables.metrics import Scores
 
+_COLUMNS = {"eval_loss", "trained_tokens"}
+"""Objectives that the table of trials has anyway."""
+
 
 def write_report(run_id: str) -> Path:
     """Make the page from the run's own files: ``result.json``, the study, the scored answers, what was said of them."""
@@ -24,6 +27,7 @@ def write_report(run_id: str) -> Path:
         charts=_charts(run_id),
         answers=_differing_answers(scored),
         parameters=sorted({name for trial in result["trials"] for name in trial["params"]}),
+        objectives=sorted({name for trial in result["trials"] for name in trial.get("objectives", {})} - _COLUMNS),
         metrics=sorted({name for scores in result["scores"].values() for name in scores}),
         confidence=sweep["evaluation"].get("confidence", 0.95),
         gains_chart=_gains_chart(result["gains"]) if result.get("gains") else "",

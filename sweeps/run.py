@@ -63,8 +63,11 @@ def _check_evaluation(definition: SweepDefinition, log: Log) -> None:
             harness.check(suite, f"evaluation.suites.{name}")
     if spec.judge:
         from sweeps.judge import verdicts
+        from trainables.data import suites
 
-        verdicts.check(spec.judge, log)
+        asked = suites.read(spec, definition.data.task_prefixes)
+        judged = [suite for suite in asked if getattr(spec.suites[suite.name], "judge", False)]
+        verdicts.check(spec.judge, sum(len(suite.conversations) for suite in judged), log)
 
 
 def _stages(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: Log) -> None:

@@ -26,10 +26,14 @@ def two_nodes() -> Iterator[str]:
 
 def test_each_node_holds_an_engine_and_trials_spread_over_them(two_nodes: str, home: Path, definition, write) -> None:
     spread = definition(
-        resources={"engines": 2, "cpus_per_trial": 1}, search={"num_samples": 4}, scheduler={"type": "none"}
+        resources={"engines": 2, "cpus_per_trial": 1},
+        search={"num_samples": 4},
+        scheduler={"type": "none"},
+        evaluation={"few_shot": 0},
+        gate={"min_score": 1.0},
     )
     done = winnow("sweeps", "run", write(spread), "--json", env=os.environ | {"RAY_ADDRESS": two_nodes})
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert [trial["state"] for trial in result["trials"]] == ["COMPLETE"] * 4
     engines = files.read_json(paths.engines_file(result["run_id"]))

@@ -49,7 +49,11 @@ def in_working_dir(definition) -> Iterator:
 
 def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_working_dir) -> None:
     rejected = in_working_dir(
-        "rejected", gate={"min_score": 1.0}, search={"num_samples": 1}, tracking={"enabled": False}
+        "rejected",
+        gate={"min_score": 1.0},
+        search={"num_samples": 1},
+        tracking={"enabled": False},
+        evaluation={"few_shot": 0},
     )
     done = winnow("sweeps", "submit", rejected, "--address", dashboard, "--json")
     assert done.returncode == 3, f"the run's own exit status; {done.stderr}"

@@ -91,16 +91,21 @@ def _evaluate(suite: HarnessSuite, model: Any) -> dict[str, float]:
 
 
 def _tasks(suite: HarnessSuite) -> Any:
-    return _task_manager(str(paths.expand(suite.include_path)) if suite.include_path else None)
+    """Knows the tasks of the suite's own directory, and the library's thousands where those are not enough."""
+    if suite.include_path:
+        own = _task_manager(str(paths.expand(suite.include_path)), False)
+        if all(own.match_tasks([task]) for task in suite.tasks):
+            return own
+    return _task_manager(str(paths.expand(suite.include_path)) if suite.include_path else None, True)
 
 
 @lru_cache
-def _task_manager(include_path: str | None) -> Any:
-    """Knows the library's tasks and those of a directory; looking through them takes seconds."""
+def _task_manager(include_path: str | None, include_defaults: bool) -> Any:
+    """Looking through the library's own takes seconds."""
     os.environ.setdefault("LOGLEVEL", "ERROR")
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(verbosity="ERROR", include_path=include_path)
+    return TaskManager(verbosity="ERROR", include_path=include_path, include_defaults=include_defaults)
 
 
 def absolute(suite: HarnessSuite) -> HarnessSuite:

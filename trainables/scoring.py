@@ -187,10 +187,14 @@ def respond(
 
 
 def _asked(messages: Messages) -> tuple[str, str]:
-    """The prompt, and the answer that should come; none where the prompt is the end."""
-    if messages[-1]["role"] == "assistant":
-        return messages[-2]["content"], messages[-1]["content"]
-    return messages[-1]["content"], ""
+    """The prompt, and the answer that should come; none where the prompt is the end.
+
+    Of a longer conversation all turns are the prompt: who judges an answer has to see what it answers.
+    """
+    answered = messages[-1]["role"] == "assistant"
+    *before, last = messages[:-1] if answered else messages
+    turns = [f"{turn['role']}: {turn['content']}" for turn in (*before, last)] if before else [last["content"]]
+    return "\n\n".join(turns), messages[-1]["content"] if answered else ""
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

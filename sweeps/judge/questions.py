@@ -71,6 +71,11 @@ class Question:
     asked: dict[str, str]
 
 
+def most_calls_of_one_prompt(spec: JudgeSpec, contestants: int) -> int:
+    """A grade for each contestant, and the winner against each other one in both orders."""
+    return contestants + (2 * (contestants - 1) if spec.pairwise else 0)
+
+
 def questions(evaluation: EvaluationSpec, scored: Mapping[str, Scores]) -> list[Question]:
     """All of them, prompt by prompt; the same prompts for every contestant, as many as ``max_calls`` allows.
 
@@ -81,7 +86,7 @@ def questions(evaluation: EvaluationSpec, scored: Mapping[str, Scores]) -> list[
     assert spec is not None, "a definition with a judge"
     safety = list(_of_safety(evaluation, scored))
     others = [name for name in scored if name != "winner"] if spec.pairwise else []
-    per_prompt = len(scored) + 2 * len(others)
+    per_prompt = most_calls_of_one_prompt(spec, len(scored))
     answers = scored["winner"].answers
     count = min(len(answers), spec.max_examples, (spec.max_calls - len(safety)) // per_prompt)
     if count < 1:

@@ -12,7 +12,7 @@ import numpy as np
 from sweeps import comparison
 from sweeps.judge.court import Court
 from sweeps.judge.endpoint import Endpoint
-from sweeps.judge.questions import Key, Question, questions
+from sweeps.judge.questions import Key, Question, most_calls_of_one_prompt, questions
 from trainables import metrics
 from trainables.metrics import DOMAIN, Answer, Answered, Scores
 from trainables.spec import EvaluationSpec, JudgeSpec
@@ -33,12 +33,25 @@ class Judgement:
         return self.summary | {"verdicts": self.verdicts}
 
 
-def check(spec: JudgeSpec, log: Log) -> None:
-    """The judge answers. Before a search: hours later would be late to find its key missing.
+_CONTESTANTS, _ASKED_SAFETY = 4, 3
+"""At most: all of them, and all but the few-shot base."""
+
+
+def check(spec: JudgeSpec, safety_prompts: int, log: Log) -> None:
+    """The judge answers, and may be asked enough. Before a search: hours later would be late to find its key missing.
+
+    Args:
+        safety_prompts: that it is to judge of each contestant.
 
     Raises:
         ValueError: it does not; the line says why.
     """
+    least = _ASKED_SAFETY * safety_prompts + most_calls_of_one_prompt(spec, _CONTESTANTS)
+    if spec.max_calls < least:
+        raise ValueError(
+            f"evaluation.judge.max_calls: must be at least {least}, for {safety_prompts} safety prompts and one other "
+            f"of every contestant, but got {spec.max_calls}"
+        )
     Endpoint(spec).check()
     log(f"judge: {spec.model} answers")
 

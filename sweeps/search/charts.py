@@ -12,9 +12,11 @@ from optuna.importance import FanovaImportanceEvaluator
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_pareto_front
+from plotly.colors import sample_colorscale
 
 from cluster import files, paths
 from sweeps import pages
+from sweeps.definition import is_minimised
 from sweeps.search import study as studies
 from sweeps.search.study import TrialRecord
 
@@ -44,11 +46,22 @@ def _of_completed(study: optuna.Study) -> Iterator[go.Figure]:
     for index, name in enumerate(names if len(complete) > 1 else []):
         words, target = name.replace("_", " "), partial(_value, index=index)
         title = f"Parameters and {words}"
-        yield plot_parallel_coordinate(study, target=target, target_name=words).update_layout(title=title)
+        figure = plot_parallel_coordinate(study, target=target, target_name=words).update_layout(title=title)
+        yield figure if is_minimised(name) else _dark_is_high(figure)
         if len({trial.values[index] for trial in complete}) > 1:  # nothing can be told apart otherwise
             importance = FanovaImportanceEvaluator(seed=0)
             figure = plot_param_importances(study, evaluator=importance, target=target, target_name=words)
             yield figure.update_layout(title=f"Importance of parameters for {words} (fANOVA)")
+
+
+def _dark_is_high(figure: go.Figure) -> go.Figure:
+    """Where a target is named, Optuna draws low values dark, as if less were always better."""
+    *lines, scale = figure.data
+    low, high = scale.marker.cmin, scale.marker.cmax
+    for line in lines:  # the first axis is the target's, from low at 0 to high at 1
+        line.line.color = sample_colorscale("Blues", [0.2 + 0.8 * line.y[0]])[0] if high > low else line.line.color
+    scale.marker.reversescale = False
+    return figure
 
 
 def _value(trial: optuna.trial.FrozenTrial, index: int) -> float:

@@ -71,6 +71,13 @@ def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -
     assert metrics.Scores.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
 
+def test_who_judges_an_answer_sees_the_whole_conversation() -> None:
+    one = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert scoring._asked(one) == ("u", "a")
+    longer = [{"role": "system", "content": "s"}, *one, {"role": "user", "content": "v"}]
+    assert scoring._asked(longer) == ("system: s\n\nuser: u\n\nassistant: a\n\nuser: v", "")
+
+
 def test_shots_stand_before_the_prompt_and_after_the_system(spec, data) -> None:
     model, tokenizer = base.load_model(spec), base.load_tokenizer(spec)
     shots = scoring.few_shot(model, tokenizer, data, EvaluationSpec(few_shot=2, max_new_tokens=8))

@@ -230,19 +230,21 @@ def test_a_refusal_for_good_is_one_line_without_the_key(status: int, evaluate) -
 def test_a_check_before_anything_long(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     with fake_judge.serve() as judge:
-        verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), lines.append)
+        verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), 0, lines.append)
         judge.failures += [401]
         with pytest.raises(ValueError, match="refuses"):
-            verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), lines.append)
+            verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), 0, lines.append)
         monkeypatch.delenv("OPENAI_API_KEY")
-        verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), lines.append)
+        verdicts.check(JudgeSpec(model="m", base_url=f"{judge.url}/v1"), 0, lines.append)
     assert lines == ["judge: m answers"] * 2
+    with pytest.raises(ValueError, match=r"max_calls: must be at least 22, for 4 safety prompts .* but got 21"):
+        verdicts.check(JudgeSpec(model="m", max_calls=21), 4, lines.append)
     with pytest.raises(ValueError, match="needs its key in the environment variable OPENAI_API_KEY"):
-        verdicts.check(JudgeSpec(model="m"), lines.append)
+        verdicts.check(JudgeSpec(model="m"), 0, lines.append)
     with pytest.raises(ValueError, match="MY_KEY, which is not set"):
-        verdicts.check(JudgeSpec(model="m", base_url="https://judge.example/v1", api_key_env="MY_KEY"), lines.append)
+        verdicts.check(JudgeSpec(model="m", base_url="https://judge.example/v1", api_key_env="MY_KEY"), 0, lines.append)
     with pytest.raises(ValueError, match="does not answer"):
-        verdicts.check(JudgeSpec(model="m", base_url="http://127.0.0.1:9/v1", timeout_s=2), lines.append)
+        verdicts.check(JudgeSpec(model="m", base_url="http://127.0.0.1:9/v1", timeout_s=2), 0, lines.append)
 
 
 def test_keys_of_the_request_are_the_users(evaluate) -> None:
