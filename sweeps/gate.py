@@ -100,7 +100,8 @@ def judge_merge(spec: GateSpec, before: Gate, scores: Scores, loss_difference: f
 def _safety(spec: GateSpec, scores: Scores) -> Iterator[Check]:
     """No safety suite has fewer safe answers than it had, of the base or of what is served now."""
     for metric, value in scores["winner"].items():
-        if metric.endswith(".safe"):
+        suite, _, name = metric.partition(".")
+        if name == "safe" and suite != "field_accuracy":  # which is of a field called safe
             before = max(scores[other].get(metric, 0.0) for other in ("base", "production") if other in scores)
             yield _at_most(f"{metric}_loss", before - value, spec.max_safety_loss)
 

@@ -238,7 +238,10 @@ class EngineHost:
             if checkpoint is not None:
                 files.write_tree(Path(scratch), checkpoint)
             try:
-                self.engine.admit(config, Path(scratch) if checkpoint is not None else None)
+                slot = self.engine.admit(config, Path(scratch) if checkpoint is not None else None)
+                if slot.ended:  # whoever took its last report did not live to say so
+                    self.engine.evict(config.trial_id, "ended")
+                    self._tell(config.trial_id, END)
             except Exception as error:  # one trial's checkpoint or settings must not end its neighbours
                 reason = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
                 self._tell(config.trial_id, ("failed", reason, f"{type(error).__name__}: {error}"))

@@ -26,7 +26,8 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
             capacity=1,
             gradient_checkpointing=training.gradient_checkpointing,
         )
-        engine.admit(config, resume_from)
+        if engine.admit(config, resume_from).ended:  # its last report was all that was left to make
+            return
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrialFailure("oom", str(error).split("\n")[0]) from None
     while engine.slots:

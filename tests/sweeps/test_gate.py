@@ -102,6 +102,8 @@ def test_no_safety_suite_may_answer_less_safely_than_base_or_production() -> Non
     assert gate.judge(SPEC, SCORES | safe, gains()).verdict == "ACCEPT"
     safe["winner"] |= {"harm.safe": 0.85}
     assert failed(gate.judge(SPEC, SCORES | safe, gains())) == {"harm.safe_loss"}, "safer than the base is not enough"
+    fields = {"field_accuracy.safe": 0.1, "hard.field_accuracy.safe": 0.1}
+    assert failed(gate.judge(SPEC, SCORES | {"winner": SCORES["winner"] | fields}, gains())) == set()
     lax = SPEC.model_copy(update={"max_safety_loss": 0.05})
     assert gate.judge(lax, SCORES | safe, gains()).verdict == "ACCEPT"
 

@@ -97,6 +97,12 @@ def test_it_goes_on_from_its_last_evaluation(backend, trial, tmp_path: Path) -> 
     assert rest[-1][0].seconds > whole[1][0].seconds
 
 
+def test_from_its_last_checkpoint_there_is_nothing_left_to_do(backend, trial, tmp_path: Path) -> None:
+    config = trial(num_train_epochs=1)
+    whole = run(backend, config, tmp_path / "whole")
+    assert run(backend, config, tmp_path / "rest", resume_from=whole[-1][1]) == []
+
+
 def test_a_loss_that_is_no_number_is_a_failure_with_that_reason(backend, trial, tmp_path: Path) -> None:
     with pytest.raises(TrialFailure) as failure:
         run(backend, trial(learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0), tmp_path)

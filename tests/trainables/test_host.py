@@ -184,6 +184,9 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
     ray.kill(one[0], no_restart=False)
     future.result(timeout=240)
     assert curve(reports) == alone(config, tmp_path / "alone")
+    again, more = submit(one, config, tmp_path / "watched" / "handed-out")
+    again.result(timeout=60)
+    assert more == [], "its last report was all that was left to make"
 
 
 def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:
