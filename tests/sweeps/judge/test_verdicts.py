@@ -177,6 +177,34 @@ def test_an_endpoint_that_does_not_answer_any_more_is_left_alone(evaluate) -> No
     assert "5 requests in a row failed" in lines[-1]
 
 
+def test_failures_with_answers_between_them_stop_nothing(evaluate) -> None:
+    with fake_judge.serve() as judge:
+        judge.failures += [*[500] * 20, 200, *[500] * 20]
+        done, _ = evaluate(judge, scored={"winner": contestant(12, 0)}, pairwise=False, concurrency=1)
+    assert (done.summary["failed"], done.summary["judged"]) == (8, pytest.approx(4 / 12, abs=1e-6))
+
+
+def test_a_choice_that_was_not_made_in_both_orders_is_none(evaluate) -> None:
+    def undecided(system: str, asked: dict[str, str]) -> Any:
+        silent = "better" in system and (
+            asked["prompt"] in ("p5", "p6") or (asked["prompt"], asked["A"]) == ("p7", "a7")
+        )
+        return "?" if silent else fake_judge.fair(system, asked)
+
+    with fake_judge.serve(undecided) as judge:
+        done, _ = evaluate(judge)
+    found = done.summary["pairwise"]["base"]
+    assert (found["wins"], found["losses"], found["ties"]) == (4, 0, 3)
+    assert found["win_rate"] == pytest.approx((4 + 3 / 2) / 7, abs=1e-6)
+
+
+def test_retries_count_against_the_cap(evaluate) -> None:
+    with fake_judge.serve() as judge:
+        judge.failures += [429] * 100
+        done, _ = evaluate(judge, max_calls=12, concurrency=1)
+    assert len(judge.requests) == done.summary["calls"] == 12
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_calls_never_pass_their_cap(concurrency: int, evaluate) -> None:
     with fake_judge.serve() as judge:
