@@ -46,7 +46,7 @@ progress() {  # pip's own words, thinned out
     esac
   done
 }
-pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --progress-bar off)
+pip=("$venv/bin/python" -m pip install --no-compile --disable-pip-version-check --no-deps --progress-bar off)
 if ! "${pip[@]}" "${arguments[@]}" 2>&1 | tee "$log" | progress >&2; then
   if grep -q 'torch==.*+cpu' "$log"; then
     echo "install: pip finds no CPU build of $(grep '^torch==' requirements/cpu.txt); set PIP_EXTRA_INDEX_URL to PyTorch's" \
@@ -57,4 +57,6 @@ if ! "${pip[@]}" "${arguments[@]}" 2>&1 | tee "$log" | progress >&2; then
   fi
   exit 1
 fi
+echo "install: compiling" >&2  # on all cores, where pip would on one; like pip, past files that do not compile
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 || true
 cat "${lists[@]}" | sha256sum >"$stamp"

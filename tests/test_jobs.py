@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,27 +56,31 @@ def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_
         tracking={"enabled": False},
         evaluation={"few_shot": 0},
     )
-    done = winnow("sweeps", "submit", rejected, "--address", dashboard, "--json")
+    small = in_working_dir("small", search={"num_samples": 2}, tracking={"enabled": False})
+    with ThreadPoolExecutor() as pool:  # two jobs on one cluster at once, as jobs are
+        ours = pool.submit(winnow, "sweeps", "submit", rejected, "--address", dashboard, "--json")
+        job, done = _by_ray(dashboard, small), ours.result()
     assert done.returncode == 3, f"the run's own exit status; {done.stderr}"
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "rejected"
     assert "winner: t0000" in done.stderr, "the log is streamed"
+    assert job.returncode == 0, job.stdout + job.stderr
+    runs = [json.loads(path.read_text()) for path in home.glob("runs/*/result.json")]
+    assert sorted(run["status"] for run in runs) == ["accepted", "rejected"]
+    token = session.AUTH_TOKEN.expanduser()
+    assert token.stat().st_mode & 0o077 == 0
 
-    small = in_working_dir("small", search={"num_samples": 2}, tracking={"enabled": False})
-    ray = session.ray_command()
-    command = [ray, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
-    job = subprocess.run(
-        [*command, "python", "-m", "sweeps", "run", str(small), "--json"],
+
+def _by_ray(dashboard: str, definition: Path) -> subprocess.CompletedProcess[str]:
+    """``ray job submit``, as a user gives it."""
+    command = [session.ray_command(), "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
+    return subprocess.run(
+        [*command, "python", "-m", "sweeps", "run", str(definition), "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"RAY_ADDRESS": dashboard},
     )
-    assert job.returncode == 0, job.stdout + job.stderr
-    runs = [json.loads(path.read_text()) for path in home.glob("runs/*/result.json")]
-    assert sorted(run["status"] for run in runs) == ["accepted", "rejected"]
-    token = session.AUTH_TOKEN.expanduser()
-    assert token.stat().st_mode & 0o077 == 0
 
 
 def test_without_waiting_it_names_the_job(dashboard: str, in_working_dir) -> None:

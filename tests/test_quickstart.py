@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,37 +152,37 @@ def test_serve_run_builds_the_application_with_limits_on_server_and_ingress(quic
     assert min(limits) > 0
 
 
-@pytest.mark.parametrize(("with_general", "code"), [(False, 3), (True, 0)], ids=["alone", "general data mixed in"])
-def test_forgetting_is_refused_and_general_data_is_its_cure(
-    with_general: bool, code: int, quickstart, result, tmp_path: Path
-) -> None:
+def test_forgetting_is_refused_and_general_data_is_its_cure(quickstart, result, tmp_path: Path) -> None:
     """One definition, overtrained on purpose on a few tickets, with and without general examples among them."""
-    home, rows = tmp_path / "home", tmp_path / "rows"
-    home.mkdir()
-    (home / "bases").symlink_to(quickstart["home"] / "bases")
+    rows = tmp_path / "rows"
     script("make_ticket_data.py", "--out", str(rows), "--rows", "400")
-    sources: list[dict[str, Any]] = [{"path": str(rows / "tickets.jsonl")}]
+    tickets = {"path": str(rows / "tickets.jsonl")}
     general = {"path": str(rows / "general-train.jsonl"), "splits": "train_eval", "tag": "general"}
+    with ThreadPoolExecutor() as pool:
+        running = {
+            name: pool.submit(_overtrained, quickstart["home"] / "bases", tmp_path / name, rows, sources)
+            for name, sources in {"alone": [tickets], "mixed": [tickets, general]}.items()
+        }
+        done = {name: future.result() for name, future in running.items()}
+    assert (done["alone"].returncode, done["mixed"].returncode) == (3, 0), done["mixed"].stderr
+    checks = {name: json.loads(one.stdout.splitlines()[-1])["gate"]["checks"] for name, one in done.items()}
+    failed = {check["name"]: check["value"] for check in checks["alone"] if not check["passed"]}
+    assert list(failed) == ["general_loss"], "it has learned its tickets all the same"
+    assert failed["general_loss"] > 0.2
+
+
+def _overtrained(bases: Path, home: Path, rows: Path, sources: list[dict[str, Any]]) -> Any:
+    home.mkdir()
+    (home / "bases").symlink_to(bases)
     content = {
         "name": "forgetting",
         "base_model": {"model_name_or_path": "${WINNOW_HOME}/bases/tiny"},
-        "data": {
-            "sources": sources + ([general] if with_general else []),
-            "general": str(rows / "general-test.jsonl"),
-            "max_length": 256,
-        },
+        "data": {"sources": sources, "general": str(rows / "general-test.jsonl"), "max_length": 256},
         "search": {"num_samples": 1, "space": {"learning_rate": {"choices": [1e-3]}}},
         "training": {"r": 32, "num_train_epochs": 4, "evals_per_epoch": 1},
         "evaluation": {"max_new_tokens": 96, "batch_size": 64, "few_shot": 0},
         "gate": {"metric": "field_accuracy", "min_score": 0.4, "min_gain": 0.3, "min_merge_agreement": 0.5},
         "tracking": {"enabled": False},
     }
-    path = tmp_path / "sweep.yaml"
-    path.write_text(json.dumps(content))
-    done = winnow("sweeps", "run", path, "--json", env=os.environ | {"WINNOW_HOME": str(home)})
-    assert done.returncode == code, done.stderr
-    checks = {check["name"]: check for check in json.loads(done.stdout.splitlines()[-1])["gate"]["checks"]}
-    assert {name for name, check in checks.items() if not check["passed"]} == (
-        set() if with_general else {"general_loss"}
-    ), "it has learned its tickets either way"
-    assert with_general or checks["general_loss"]["value"] > 0.2
+    (home / "sweep.yaml").write_text(json.dumps(content))
+    return winnow("sweeps", "run", home / "sweep.yaml", "--json", env=os.environ | {"WINNOW_HOME": str(home)})
