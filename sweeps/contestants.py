@@ -29,8 +29,8 @@ def score(definition: SweepDefinition, run_id: str, trial_id: str, data: Snapsho
 
     asked = suites.read(definition.evaluation, definition.data.task_prefixes)
     evaluation = definition.evaluation
-    if evaluation.generation == "auto" and definition.resources.gpus_per_trial < 1:
-        evaluation = evaluation.model_copy(update={"generation": "transformers"})  # vLLM wants a whole device
+    if evaluation.generation == "auto" and 0 < definition.resources.gpus_per_trial < 1:
+        evaluation = evaluation.model_copy(update={"generation": "transformers"})  # vLLM wants a whole GPU
     common = (definition.base_model, str(data.directory), evaluation, asked)
     wanted = definition.resources.as_ray()
     tasks = {

@@ -101,16 +101,21 @@ def _greedy(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_to
     return made[:, inputs["input_ids"].shape[1] :]
 
 
-def takes_vllm(evaluation: EvaluationSpec, loaded: Any) -> bool:
-    """Whether vLLM answers: where the definition says so, or leaves it open and the 16-bit weights fit this GPU well.
+def takes_vllm(model: Model, evaluation: EvaluationSpec, loaded: Any) -> bool:
+    """Whether vLLM answers: where it is installed and answers as well, unless the definition says otherwise.
+
+    On a CPU it does not for a 4-bit base, which bitsandbytes multiplies with in a way of its own there; on a GPU its
+    16-bit weights have to leave room for everything else.
 
     Args:
         loaded: the contestant, by ``Model.load``.
     """
     if evaluation.generation != "auto":
         return evaluation.generation == "vllm"
-    if not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
+    if importlib.util.find_spec("vllm") is None:
         return False
+    if not torch.cuda.is_available():
+        return model.spec.quantization == "none"
     return 2 * loaded.num_parameters() < 0.6 * torch.cuda.mem_get_info()[1]
 
 
@@ -124,6 +129,7 @@ def with_vllm(model: Model, evaluation: EvaluationSpec) -> Generate:
     """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # contestants would all bind to the same cores
     scratch = tempfile.TemporaryDirectory(prefix="winnow-dequantised-")
     arguments = _engine_arguments(model, Path(scratch.name))
     _free()

@@ -76,7 +76,7 @@ def _score(
 
 def _generator(contestant: Model, loaded: list[Any], tokenizer: Any, evaluation: EvaluationSpec) -> Generate:
     """What answers for the contestant. vLLM loads it by itself: ``loaded`` is let go of before."""
-    if not generation.takes_vllm(evaluation, loaded[0]):
+    if not generation.takes_vllm(contestant, evaluation, loaded[0]):
         return generation.with_transformers(loaded[0], tokenizer, evaluation)
     loaded.clear()
     return generation.with_vllm(contestant, evaluation)

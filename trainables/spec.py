@@ -329,8 +329,8 @@ class EvaluationSpec(Spec):
     seed: int = 0
     generation: Literal["auto", "vllm", "transformers"] = Field(
         "auto",
-        description="What answers prompts. auto: vLLM where it is installed, a whole GPU is a contestant's, and the "
-        "16-bit weights take little of it.",
+        description="What answers prompts. auto: vLLM where it is installed; transformers for a 4-bit base on a CPU, "
+        "on a part of a GPU, and where the 16-bit weights take most of a GPU.",
     )
     suites: dict[str, SuiteSpec] = Field(
         {}, description="By name: more prompts for the contestants, beside the test split and the general set."

@@ -29,7 +29,7 @@ class Failed(Exception):
 
 @dataclass
 class Account:
-    """What was asked of the endpoint so far. Requests count with their retries."""
+    """What was asked of the endpoint so far. Requests count with their retries; those that fail are taken as free."""
 
     calls: int = 0
     failed: int = 0
@@ -107,7 +107,8 @@ class Endpoint:
     def _most_usd(self, system: str, messages: Sequence[Mapping[str, str]]) -> float:
         """More than a request can cost: no tokenizer makes more tokens of a text than it has bytes."""
         sent = len(json.dumps([system, *map(dict, messages)]).encode())
-        return self._usd(sent, int(self.spec.request.get("max_tokens") or self.spec.max_tokens))
+        limits = [self.spec.request.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")]
+        return self._usd(sent, max(limits) or self.spec.max_tokens)
 
     def _usd(self, input_tokens: int, output_tokens: int) -> float:
         prices = self.spec.usd_per_million_input_tokens or 0.0, self.spec.usd_per_million_output_tokens or 0.0
@@ -117,9 +118,9 @@ class Endpoint:
         """Room for one request, and for retries if there is any left; waits for what others may give back."""
         with self._settled:
             self._settled.wait_for(lambda: self._obstacle(most_usd) is None or not self._held_calls)
-            self.account.stopped = self._obstacle(most_usd)
-            if self.account.stopped:
-                raise Stopped(self.account.stopped)
+            if obstacle := self._obstacle(most_usd):
+                self.account.stopped = obstacle
+                raise Stopped(obstacle)
             retries = min(_RETRIES, self._calls_left() - 1)
             self._held_calls += 1 + retries
             self._held_usd += most_usd

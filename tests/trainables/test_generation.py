@@ -74,11 +74,11 @@ def test_a_model_that_vllm_does_not_know_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpu", "parameters", "takes"),
-    [("auto", False, 1, False), ("auto", True, 10, True), ("auto", True, 40, False), ("vllm", False, 99, True),
-     ("transformers", True, 1, False)],
+    ("wanted", "gpu", "quantization", "parameters", "takes"),
+    [("auto", False, "none", 99, True), ("auto", False, "nf4", 1, False), ("auto", True, "nf4", 10, True),
+     ("auto", True, "none", 40, False), ("vllm", False, "nf4", 99, True), ("transformers", True, "none", 1, False)],
 )  # fmt: skip
-def test_vllm_is_taken_where_its_weights_fit_well(wanted, gpu, parameters, takes, monkeypatch) -> None:
+def test_vllm_is_taken_where_it_answers_as_well(wanted, gpu, quantization, parameters, takes, monkeypatch) -> None:
     monkeypatch.setattr(generation.torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(generation.torch.cuda, "mem_get_info", lambda: (100, 100))
 
@@ -86,7 +86,10 @@ def test_vllm_is_taken_where_its_weights_fit_well(wanted, gpu, parameters, takes
         def num_parameters(self) -> int:
             return parameters
 
-    assert generation.takes_vllm(EvaluationSpec(generation=wanted), Loaded()) is takes
+    model = generation.Model(BaseModelSpec(model_name_or_path="unused", quantization=quantization))
+    assert generation.takes_vllm(model, EvaluationSpec(generation=wanted), Loaded()) is takes
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda *_: None)
+    assert generation.takes_vllm(model, EvaluationSpec(), Loaded()) is False
 
 
 def test_merged_weights_have_their_own_tokenizer_and_others_the_bases(home: Path) -> None:

@@ -56,7 +56,9 @@ def test_answers_do_not_depend_on_the_batch(spec, data) -> None:
 
 
 def test_scores_name_every_metric_and_perplexity_follows_from_loss(spec, data) -> None:
-    contestants = scoring.score_base(spec, str(data.directory), EvaluationSpec(max_new_tokens=4))
+    contestants = scoring.score_base(
+        spec, str(data.directory), EvaluationSpec(max_new_tokens=4, generation="transformers")
+    )
     assert list(contestants) == ["base", "few_shot"]
     scores, few_shot = contestants["base"], contestants["few_shot"]
     assert scores.sets["domain"].kind == "extraction"

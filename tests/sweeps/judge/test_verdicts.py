@@ -236,7 +236,10 @@ def test_tokens_that_an_endpoint_does_not_tell_count_at_their_most(evaluate) -> 
     with fake_judge.serve() as judge:
         judge.usage = False
         done, _ = evaluate(judge, scored={"winner": contestant(4, 0)}, pairwise=False, **prices)
+        longer, _ = evaluate(judge, scored={"winner": contestant(4, 0)}, pairwise=False, rubric="Another.", **prices,
+                             request={"max_tokens": None, "max_completion_tokens": 80})  # fmt: skip
     assert done.summary["spend_usd"] == pytest.approx(4 * 50 * 100 / 1e6)
+    assert longer.summary["spend_usd"] == pytest.approx(4 * 80 * 100 / 1e6)
 
 
 def test_fewer_calls_than_one_prompt_takes(evaluate) -> None:
