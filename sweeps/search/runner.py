@@ -153,8 +153,9 @@ def _tuner(
             trial_dirname_creator=_name,
         ),
         run_config=RunConfig(
-            name=paths.trials_dir(run_id).name,
-            storage_path=str(paths.run_dir(run_id)),
+            # with the run in the name: two drivers that start in one second would share Tune's scratch directory
+            name=str(paths.trials_dir(run_id).relative_to(paths.runs())),
+            storage_path=str(paths.runs()),
             failure_config=FailureConfig(max_failures=definition.search.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,
