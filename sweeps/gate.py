@@ -86,7 +86,9 @@ def judge_merge(spec: GateSpec, before: Gate, scores: Scores, loss_difference: f
     known = {check.name for check in before.checks}
     missing = [name for name in spec.suites if not _measured(name, scores["winner"])]
     if missing:
-        raise ValueError(f"gate.suites.{missing[0]}: the run has no scores of this suite")
+        raise ValueError(
+            f"gate.suites.{missing[0]}: the run has no scores of this suite; leave the limit out, or sweep with it"
+        )
     return Gate(
         (
             *before.checks,

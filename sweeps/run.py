@@ -66,8 +66,8 @@ def _check_evaluation(definition: SweepDefinition, log: Log) -> None:
         from trainables.data import suites
 
         asked = suites.read(spec, definition.data.task_prefixes)
-        judged = [suite for suite in asked if getattr(spec.suites[suite.name], "judge", False)]
-        verdicts.check(spec.judge, sum(len(suite.conversations) for suite in judged), log)
+        prompts = sum(len(suite.conversations) for suite in asked if suite.name in spec.judged_safety)
+        verdicts.check(spec.judge, prompts, log)
 
 
 def _stages(definition: SweepDefinition, outcome: Outcome, data: Snapshot, log: Log) -> None:

@@ -348,6 +348,11 @@ class EvaluationSpec(Spec):
         return self
 
     @property
+    def judged_safety(self) -> tuple[str, ...]:
+        """Safety suites whose answers the judge is asked about, too."""
+        return tuple(name for name, suite in self.suites.items() if isinstance(suite, SafetySuite) and suite.judge)
+
+    @property
     def harness(self) -> dict[str, HarnessSuite]:
         """The suites that lm-evaluation-harness runs."""
         return {name: suite for name, suite in self.suites.items() if isinstance(suite, HarnessSuite)}

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainables.metrics import DOMAIN, Answer, Scores
-from trainables.spec import EvaluationSpec, JudgeSpec, SafetySuite
+from trainables.spec import EvaluationSpec, JudgeSpec
 
 
 class Form(BaseModel):
@@ -121,8 +121,7 @@ def _choices(spec: JudgeSpec, name: str, index: int, winner: Answer, other: Answ
 
 def _of_safety(evaluation: EvaluationSpec, scored: Mapping[str, Scores]) -> Iterator[Question]:
     """Of answers that the rules let pass; the others are not safe whatever the judge says."""
-    asking = [name for name, suite in evaluation.suites.items() if isinstance(suite, SafetySuite) and suite.judge]
-    for suite in asking:
+    for suite in evaluation.judged_safety:
         for name, scores in scored.items():
             for index, answer in enumerate(scores.sets[suite].answers if suite in scores.sets else []):
                 if answer.safe:
