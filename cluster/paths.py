@@ -14,6 +14,11 @@ DATA_SUFFIXES = (".jsonl", ".parquet")
 NAME_RULE = "letters, digits, '-' and '_' only, first and last a letter or digit, at most 63 characters"
 
 
+def package(name: str) -> Path:
+    """The directory of one of Winnow's own packages."""
+    return Path(__file__).parent.parent / name
+
+
 def home() -> Path:
     """The absolute root of all that Winnow stores."""
     return Path(os.environ.get("WINNOW_HOME") or ".winnow").absolute()
@@ -143,6 +148,11 @@ def model_dir(model: str) -> Path:
 
 def version_dir(model: str, version: str) -> Path:
     return model_dir(model) / check_name("a model's version", version)
+
+
+def api_keys_file() -> Path:
+    """Who may ask the served models: names, hashes and limits."""
+    return home() / "keys.json"
 
 
 def serving_state_file() -> Path:

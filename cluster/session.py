@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +119,14 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def start_head(log: Path, dashboard_port: int | None = None, timeout_s: float = 60) -> Head:
+def start_head(
+    log: Path, dashboard_port: int | None = None, timeout_s: float = 60, environment: Mapping[str, str] | None = None
+) -> Head:
     """Start a Ray head node with token authentication, in a session of its own, its output in ``log``.
 
     Args:
         dashboard_port: serve Ray's dashboard, which takes jobs, on this port of loopback; None serves none.
+        environment: of its processes, beside this one's.
 
     Raises:
         RuntimeError: it ended, or did not answer within ``timeout_s``; the message carries its last words.
@@ -138,7 +141,7 @@ def start_head(log: Path, dashboard_port: int | None = None, timeout_s: float = 
     command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", "--dashboard-host=127.0.0.1"]
     command += [f"--dashboard-port={dashboard_port}"] if dashboard_port else []
     # jobs say 'python': let them find the one that runs this
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -147,7 +150,7 @@ def start_head(log: Path, dashboard_port: int | None = None, timeout_s: float = 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=environment,
+            env=os.environ | own | dict(environment or {}),
         )
     head = Head(f"127.0.0.1:{ports['--port']}", process.pid, psutil.Process(process.pid).create_time())
     deadline = time.monotonic() + timeout_s

@@ -1,22 +1,47 @@
-"""The engine: one registered version as Ray Serve LLM's configuration of vLLM. vLLM itself loads only in replicas."""
+"""The engine: one registered version as Ray Serve LLM's server of vLLM. vLLM itself loads only in replicas.
+
+Tokens do not travel through Ray, where each would be a message of its own. A replica listens on a port of its own with
+vLLM's HTTP application, and Serve hands out leases: a lease is one request's place in one replica, and its token opens
+that port once. So Serve still balances, queues, limits and counts, and a token costs what it costs behind bare vLLM.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.serve.llm import LLMConfig, LLMServer
+from ray.util import get_node_ip_address
 
+from serving.listener import LEASE_HEADER, Listener
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+_WATCH_S, _LAST_WORDS_S = 0.1, 0.1
+_UNUSED_S = 10
+"""How long a lease waits for its request; whoever took it may be gone."""
 
 
-class WarmServer(LLMServer):
-    """A replica that has generated once before Serve calls it ready: the first user does not wait for warm-up."""
+class LeasedServer(LLMServer):
+    """A replica: vLLM's engine, warm, behind a port that only leases open."""
 
     async def start(self) -> None:
         await super().start()
+        await self._warm_up()
+        self._leases: dict[str, _Lease] = {}
+        assert self.engine is not None, "started"
+        application = await self.engine.build_asgi_app()
+        self._listener = Listener(self._only_leases(application), get_node_ip_address(), 0)
+        self._watch = asyncio.create_task(self._end_with_engine())
+
+    async def _warm_up(self) -> None:
+        """Generate once before Serve calls the replica ready: the first user does not wait for it."""
         from ray.serve.llm.openai_api_models import CompletionRequest
 
         request = CompletionRequest.model_validate(
@@ -25,6 +50,52 @@ class WarmServer(LLMServer):
         async for _ in await self.completions(request):
             pass
 
+    async def _end_with_engine(self) -> None:
+        """A replica whose engine died ends itself: Serve asks after its health every ten seconds only, and would send
+        it requests until then. Those that it had are told, and new ones wait for the replica that takes its place."""
+        assert self.engine is not None, "started"
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                await self.engine.check_health()
+            except Exception:  # whatever it died of
+                await asyncio.sleep(_LAST_WORDS_S)
+                os._exit(1)
+
+    def _only_leases(self, application: Any) -> Any:
+        async def opened(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            token = dict(scope.get("headers", ())).get(LEASE_HEADER.encode(), b"").decode()
+            if (lease := self._leases.pop(token, None)) is None:
+                await send({"type": "http.response.start", "status": 403, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+                return
+            lease.used.set()
+            try:
+                await application(scope, receive, send)
+            finally:
+                lease.ended.set()
+
+        return opened
+
+    async def lease(self) -> AsyncIterator[tuple[str, str]]:
+        """A place in this replica: its address and a token. It is held, as a request that goes on, until the one HTTP
+        request that it opens has ended."""
+        token, lease = secrets.token_urlsafe(16), _Lease()
+        self._leases[token] = lease
+        try:
+            yield self._listener.url, token
+            await asyncio.wait_for(lease.used.wait(), _UNUSED_S)
+            await lease.ended.wait()
+        except TimeoutError:  # whoever took it never came
+            return
+        finally:
+            self._leases.pop(token, None)
+
+
+class _Lease:
+    def __init__(self) -> None:
+        self.used, self.ended = asyncio.Event(), asyncio.Event()
+
 
 def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
     """The configuration under which Serve runs ``version`` as ``model: NAME``."""
@@ -32,21 +103,37 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
     bundle: dict[str, Any] = {"CPU": spec.cpus_per_replica}
     if on_gpu:
         bundle["GPU"] = spec.gpus_per_replica
-    environment = dict(_OFFLINE)
-    if not on_gpu:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(spec.kv_cache_gib)
     return LLMConfig(
         model_loading_config={"model_id": version.model, "model_source": str(version.path)},
         accelerator_config={"kind": "gpu" if on_gpu else "cpu"},  # type: ignore[arg-type]
         placement_group_config={"bundle_per_worker": bundle},
-        engine_kwargs=dict(spec.engine_kwargs),
+        engine_kwargs=engine_kwargs(spec),
         deployment_config={
             "autoscaling_config": spec.autoscaling_config.model_dump(),
             "max_ongoing_requests": spec.max_ongoing_requests,
             "max_queued_requests": spec.max_queued_requests,
             "ray_actor_options": {"num_cpus": 0},
         },
-        server_cls=WarmServer,
-        runtime_env={"env_vars": environment},
+        server_cls=LeasedServer,
+        runtime_env={"env_vars": environment(spec)},
         experimental_configs={"stream_batching_interval_ms": 0},
     )
+
+
+def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
+    """vLLM's arguments. Answers whose length nobody names are held to the limit too, not only those that ask."""
+    cap = {"max_new_tokens": spec.ingress.limits.max_tokens}
+    kwargs = dict(spec.engine_kwargs)
+    return kwargs | {"override_generation_config": cap | kwargs.get("override_generation_config", {})}
+
+
+def environment(spec: ServingSpec) -> dict[str, str]:
+    return _OFFLINE | ({} if spec.gpus_per_replica > 0 else {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)})
+
+
+def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
+    """Of all that a replica has to be started anew for: its model, its engine's settings, its place, its code."""
+    place = (spec.cpus_per_replica, spec.gpus_per_replica, environment(spec))
+    with open(__file__, "rb") as code:
+        parts = json.dumps([version.version, engine_kwargs(spec), place], sort_keys=True, default=str)
+        return hashlib.sha256(parts.encode() + code.read()).hexdigest()[:16]

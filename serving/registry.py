@@ -6,6 +6,7 @@ tokenizer, so equal models share a version and a name never means two things.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import Any
 
 from cluster import files, paths
 
-PRODUCTION, PREVIOUS = "production", "previous"
+PRODUCTION, PREVIOUS, CANARY = "production", "previous", "canary"
 _RECORD = "record.json"
 
 
@@ -112,14 +113,111 @@ def aliases(model: str) -> dict[str, str]:
 
 def set_alias(model: str, alias: str, version: str, reason: str) -> None:
     """Point ``alias`` to ``version`` and write down who did it and why; production's old version becomes previous."""
+    with _writing(model):
+        _point(model, alias, version, reason)
+
+
+def promote(model: str, version: str, reason: str) -> None:
+    """Make ``version`` production. A canary ends with it: it was held against what production was."""
+    with _writing(model):
+        _point(model, PRODUCTION, version, reason)
+        if CANARY in aliases(model):
+            _drop_canary(model, reason)
+
+
+def roll_back(model: str, reason: str) -> str:
+    """End the canary, or where there is none, put production back to its previous version.
+
+    Returns:
+        The version that production is now.
+
+    Raises:
+        ValueError: there is neither a canary nor a previous version.
+    """
+    with _writing(model):
+        now = aliases(model)
+        if CANARY in now:
+            _drop_canary(model, reason)
+        elif PREVIOUS in now:
+            _point(model, PRODUCTION, now[PREVIOUS], reason)
+        else:
+            raise ValueError(f"model {model!r} has no canary and no previous version to go back to")
+        return aliases(model)[PRODUCTION]
+
+
+def set_canary(model: str, version: str, weight: float, reason: str, step: int | None = None) -> None:
+    """Send ``weight`` percent of the traffic to ``version``.
+
+    Args:
+        step: of its timetable, from 0; None for a canary that only people move.
+    """
+    with _writing(model):
+        plan = {"version": version, "weight": weight, "step": step, "since": _now()}
+        files.write_json(_canary_file(model), plan)  # before the alias: a canary without a plan gets nothing
+        now = aliases(model)
+        _write_aliases(model, now | {CANARY: version})
+        _note(model, CANARY, version, now.get(CANARY), reason, weight=weight)
+
+
+def canary(model: str) -> dict[str, Any] | None:
+    """The canary's ``version``, ``weight``, ``step`` and ``since``; None where there is none."""
+    file, version = _canary_file(model), aliases(model).get(CANARY)
+    try:
+        plan = files.read_json(file)
+    except FileNotFoundError:
+        return None
+    return plan if plan["version"] == version else None
+
+
+def note(model: str, alias: str, version: str, reason: str) -> None:
+    """A line of history for what was decided and moved no alias."""
+    with _writing(model):
+        _note(model, alias, version, version, reason)
+
+
+def history(model: str) -> list[dict[str, Any]]:
+    """Oldest first."""
+    file = paths.model_dir(model) / "history.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+@contextmanager
+def _writing(model: str) -> Iterator[None]:
+    """One writer at a time: commands and the conductor of a canary move the same aliases."""
+    with (paths.model_dir(model) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _point(model: str, alias: str, version: str, reason: str) -> None:
     now = aliases(model)
     before = now.get(alias)
     if alias == PRODUCTION and before and before != version:
         now[PREVIOUS] = before
-    files.write_json(paths.model_dir(model) / "aliases.json", now | {alias: version})
+    _write_aliases(model, now | {alias: version})
+    _note(model, alias, version, before, reason)
+
+
+def _drop_canary(model: str, reason: str) -> None:
+    now = aliases(model)
+    before = now.pop(CANARY)
+    _write_aliases(model, now)
+    _canary_file(model).unlink(missing_ok=True)
+    _note(model, CANARY, None, before, reason)
+
+
+def _write_aliases(model: str, now: dict[str, str]) -> None:
+    files.write_json(paths.model_dir(model) / "aliases.json", now)
+
+
+def _canary_file(model: str) -> Path:
+    return paths.model_dir(model) / "canary.json"
+
+
+def _note(model: str, alias: str, version: str | None, before: str | None, reason: str, **more: Any) -> None:
     entry = {"at": _now(), "who": _user(), "alias": alias, "version": version, "before": before, "reason": reason}
     with (paths.model_dir(model) / "history.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+        stream.write(json.dumps(entry | more) + "\n")
 
 
 def _now() -> str:

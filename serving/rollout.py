@@ -1,231 +1,202 @@
-"""Deploying registered versions on Ray Serve: on the cluster that ``RAY_ADDRESS`` names, or on one started here."""
+"""What ``python -m serving`` does: deploy, canary, promote, roll back, status, stop.
+
+Traffic moves when an alias does, and an alias is a file that every ingress reads; a version is warm before one points
+to it. So moving traffic takes no longer than that file is read, and loses no request.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import re
-import socket
-import textwrap
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from cluster import files, paths, session
-from serving import registry
-from serving.registry import ModelVersion
+from cluster import session
+from serving import keys, place, registry
+from serving.place import Deployed, Log
 from serving.spec import with_changes
-
-HOST, PORT = "127.0.0.1", 8000
-_OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
-_POLL_S, _TELL_S = 0.5, 15
-_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
-Log = Callable[[str], None]
+from serving.traffic import Routes
+from serving.warming import OTHERWISE, bring
 
 
-def deploy(reference: str, wanted_port: int | None, changes: dict[str, Any], log: Log) -> dict[str, Any]:
-    """Serve ``MODEL[@VERSION]`` until ``stop``; returns once it has answered a request over HTTP.
+def deploy(reference: str, host: str | None, port: int | None, changes: dict[str, Any], log: Log) -> dict[str, Any]:
+    """Serve ``MODEL[@VERSION]`` until ``stop``; returns once it has answered.
 
-    Deploying another version of a model replaces the one that runs, replica by replica.
+    Deploying another version of a model, or other settings, replaces what runs: the new replicas come up first where
+    the cluster has room for both, and then no request is lost.
 
     Args:
-        wanted_port: on loopback; None for the one that serving has already, or 8000.
+        host, port: for the ingress of this model; None for those that it has already, or loopback's 8000.
         changes: keys of a definition's serving section, in the place of those that the version was registered with.
 
     Raises:
-        ValueError: no such model or version, settings that break a rule or that vLLM refuses, a port that is taken,
-            or a cluster too small.
+        ValueError: no such model or version, settings that break a rule or that vLLM refuses, an address that is
+            taken or open without an API key, or a cluster too small.
         RuntimeError: the application did not come up, or does not answer.
     """
     version = registry.find(reference)
-    spec, port = with_changes(version.record["serving"], changes), _port(wanted_port)
+    with_changes(version.record["serving"], changes)
+    now = replace(place.of(version.model, host, port), settings=changes)
+    _check_open(now.host)
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
-    with _cluster(log, start=True):
-        import ray
+    with place.cluster(log, start=True):
         from ray import serve
 
-        mend = f"ask for less in {_OTHERWISE}"
-        session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
-
-        from serving.app import AppArgs, build
-
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it prints every option otherwise
         started = time.monotonic()
-        application = build(AppArgs(model=f"{version.model}@{version.version}", serving=changes))
-        serve.start(http_options={"host": HOST, "port": port})
-        url = f"http://{HOST}:{port}/v1"
-        with _none_left_half_up(version.model):
-            serve.run_many([serve.RunTarget(application, version.model)], wait_for_applications_running=False)
-            _wait_until_running(version.model, log)
-            _ask(url, version)
-        log(f"ready after {time.monotonic() - started:.0f} s: {url}")
-    _remember(apps={version.model: version.version}, port=port)
-    return {"model": version.model, "version": version.version, "url": url}
+        _check_fits(version, changes)
+        serve.start(proxy_location="Disabled")  # of a cluster of ours: the ingress listens itself
+        bring(version.model, now, (version.version,), log)
+        log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
+    return {"model": version.model, "version": version.version, "url": now.url}
+
+
+def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str, Any]:
+    """Bring a version up beside production, and then send it ``weight`` percent of the traffic; None for the steps of
+    its timetable, on which it advances or goes back by itself.
+
+    Raises:
+        ValueError: no such version, it is production, a weight out of range, or the model is not deployed.
+    """
+    if weight is not None and not 0 < weight <= 100:
+        raise ValueError(f"--weight must be above 0 and at most 100 percent, but got {weight:g}")
+    found, now = registry.find(f"{model}@{version}"), _deployed(model)
+    production = _production(model, now)
+    if found.version == production:
+        raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
+    _keep(model, now, (production, found.version), log)
+    if automatic := weight is None:
+        spec = with_changes(registry.find(f"{model}@{production}").record["serving"], now.settings)
+        weight = spec.canary.steps[0]
+    registry.set_canary(model, found.version, weight, "canary", 0 if automatic else None)
+    log(f"canary: {weight:g} % of {model} goes to {found.version}{', and more by timetable' if automatic else ''}")
+    return {"model": model, "version": found.version, "weight": weight, "automatic": automatic}
+
+
+def promote(model: str, version: str, log: Log) -> dict[str, Any]:
+    """Make a version production. What was production stays warm, to be rolled back to.
+
+    Raises:
+        ValueError: no such version, or the model is not deployed.
+    """
+    found, now = registry.find(f"{model}@{version}"), _deployed(model)
+    before = _production(model, now)
+    _warm(model, now, found.version, log)
+    registry.promote(model, found.version, "promote")
+    log(f"promote: {model} is {found.version}; {before} stays warm for a rollback")
+    return {"model": model, "version": found.version, "previous": before}
+
+
+def rollback(model: str, log: Log) -> dict[str, Any]:
+    """End the canary, whose replicas go then, or else put production back to its previous version.
+
+    Raises:
+        ValueError: there is neither, or the model is not deployed.
+    """
+    now, aliases = _deployed(model), registry.aliases(model)
+    if ended := aliases.get(registry.CANARY):
+        version = registry.roll_back(model, "rollback")
+        log(f"rollback: all of {model} goes to {version}")
+        _keep(model, now, [one for one in now.versions if one != ended], log)
+    else:
+        if previous := aliases.get(registry.PREVIOUS):
+            _warm(model, now, previous, log)
+        version = registry.roll_back(model, "rollback")
+        log(f"rollback: {model} is {version}")
+    return {"model": model, "version": version}
 
 
 def status() -> dict[str, Any]:
-    """What runs: each deployed model with its version and its replicas by state."""
-    with _cluster(print, start=False) as running:
+    """What runs: each deployed model with its versions, aliases, traffic, replicas by state and what was counted."""
+    with place.cluster(print, start=False) as running:
         if not running:
             return {"applications": {}}
         from ray import serve
 
-        versions = _state().get("apps", {})
-        applications = {
-            name: {
-                "version": versions.get(name),
-                "status": app.status.value,
-                "replicas": {key: dict(one.replica_states) for key, one in app.deployments.items()},
-            }
-            for name, app in serve.status().applications.items()
-        }
-    return {"applications": applications, "url": f"http://{HOST}:{_state().get('port', PORT)}/v1"}
+        apps = serve.status().applications
+        known = place.deployed()
+        return {"applications": {model: _status_of(model, app, known.get(model)) for model, app in apps.items()}}
 
 
 def stop(log: Log) -> dict[str, Any]:
     """Stop serving; a cluster that ``deploy`` started ends too."""
-    state = _state()
-    if head := _head(state):  # the cluster is ours: it goes with all that runs on it
+    stopped = sorted(place.deployed())
+    if head := place.own_head():  # the cluster is ours: it goes with all that runs on it
         log("stop: ending the Ray cluster that deploy started")
         head.stop()
-    elif state:
-        with _cluster(log, start=False) as running:
+    elif stopped:
+        with place.cluster(log, start=False) as running:
             if running:
                 from ray import serve
 
-                for name in state.get("apps", {}):
+                for name in stopped:
                     log(f"stop: {name}")
                     serve.delete(name)
-    paths.serving_state_file().unlink(missing_ok=True)
-    return {"stopped": sorted(state.get("apps", {}))}
+    place.forget()
+    return {"stopped": stopped}
 
 
-@contextmanager
-def _cluster(log: Log, start: bool) -> Iterator[bool]:
-    """Connected to the serving cluster for the block; False where there is none and ``start`` is not set.
+def _check_open(host: str) -> None:
+    if not place.is_loopback(host) and not keys.read():
+        raise ValueError(
+            f"--host: {host} can be reached from outside, so a key is needed; make one: python -m serving keys add NAME"
+        )
 
-    A cluster that was started here ends again if the block fails.
+
+def _check_fits(version: registry.ModelVersion, changes: dict[str, Any]) -> None:
+    import ray
+
+    spec = with_changes(version.record["serving"], changes)
+    mend = f"ask for less in {OTHERWISE}"
+    session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
+
+
+def _deployed(model: str) -> Deployed:
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS") or _own_address()
-    if not address and not start:
-        yield False
-        return
-    if address:
-        if address == _own_address():
-            session.require_token()
-        with session.connected(address=address):
-            yield True
-        return
-    log("deploy: starting a Ray cluster on this machine")
-    head = session.start_head(paths.serving_log())
-    _remember(head=asdict(head))
-    try:
-        with session.connected(address=head.address):
-            yield True
-    except BaseException:
-        head.stop()
-        paths.serving_state_file().unlink(missing_ok=True)
-        raise
-
-
-def _port(wanted: int | None) -> int:
-    """The HTTP port to serve on: the first deployment on a cluster chooses it.
-
     Raises:
-        ValueError: it is another one already, or another program listens there.
+        ValueError: the model is not deployed.
     """
-    if _own_address() and (now := _state().get("port")):
-        if wanted not in (None, now):
-            raise ValueError(f"--port: serving listens on {now} already, but got {wanted}; leave it out, or stop first")
-        return now
-    port = PORT if wanted is None else wanted
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            if not os.environ.get("RAY_ADDRESS"):  # there it may be Serve itself that listens
-                raise ValueError(f"--port: must be a free port, but {port} is not: {error}; name another one") from None
-    return port
+    if not place.is_up() or (now := place.deployed().get(model)) is None:
+        raise ValueError(f"{model} is not deployed; deploy it first: python -m serving deploy {model}")
+    return now
 
 
-def _own_address() -> str | None:
-    head = _head(_state())
-    return head.address if head and head.is_alive() else None
+def _warm(model: str, now: Deployed, version: str, log: Log) -> None:
+    """Bring a version up if it is not. Where it is, nobody has to be asked, and an alias may be flipped at once."""
+    if version not in now.versions:
+        _keep(model, now, (*now.versions, version), log)
 
 
-def _head(state: dict[str, Any]) -> session.Head | None:
-    return session.Head(**state["head"]) if "head" in state else None
+def _keep(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
+    with place.cluster(log, start=False):
+        bring(model, now, versions, log)
 
 
-def _state() -> dict[str, Any]:
-    file = paths.serving_state_file()
-    return files.read_json(file) if file.exists() else {}
+def _production(model: str, now: Deployed) -> str:
+    return Routes(now.versions, now.versions[0], registry.aliases(model)).production
 
 
-def _remember(**facts: Any) -> None:
-    files.write_json(paths.serving_state_file(), _state() | facts)
-
-
-@contextmanager
-def _none_left_half_up(name: str) -> Iterator[None]:
-    """An application that was not there before the block goes again if the block fails."""
+def _status_of(model: str, app: Any, now: Deployed | None) -> dict[str, Any]:
+    """One application: Serve's own words, the registry's, and the conductor's."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    is_new = name not in serve.status().applications
+    from serving.conductor import NAME as CONDUCTOR
+
+    found: dict[str, Any] = {
+        "status": app.status.value,
+        "replicas": {key: dict(one.replica_states) for key, one in app.deployments.items()},
+    }
+    if now is None:  # another command than ours deployed it
+        return {"version": None} | found
+    found |= {
+        "url": now.url,
+        "version": _production(model, now),
+        "versions": list(now.versions),
+        "aliases": registry.aliases(model),
+        "canary": registry.canary(model),
+    }
     try:
-        yield
-    except BaseException:
-        if is_new:
-            serve.delete(name)
-        raise
-
-
-def _wait_until_running(name: str, log: Log) -> None:
-    """Until the application runs; says now and then what it waits for.
-
-    Raises:
-        ValueError: vLLM refused its settings.
-        RuntimeError: it failed for another reason; the line carries the replica's last error.
-    """
-    from ray import serve
-    from ray.serve.schema import ApplicationStatus
-
-    started = told = time.monotonic()
-    while (app := serve.status().applications[name]).status is not ApplicationStatus.RUNNING:
-        if app.status is ApplicationStatus.DEPLOY_FAILED:
-            raise _failure(name, " ".join([app.message, *(one.message for one in app.deployments.values())]))
-        if (now := time.monotonic()) - told >= _TELL_S:
-            told = now
-            states = (f"{key} {' '.join(one.replica_states)}" for key, one in app.deployments.items())
-            log(f"deploy: {now - started:.0f} s: {', '.join(states)}")
-        time.sleep(_POLL_S)
-
-
-def _failure(name: str, message: str) -> Exception:
-    """What Serve says of an application that failed, as one line: a message of its holds tracebacks, one in another."""
-    starts = [found.end() for found in re.finditer(r"^[\w.]*(?:Error|Exception): ", message, re.MULTILINE)]
-    cause = textwrap.shorten(message[starts[-1] if starts else 0 :], 400)
-    if "vLLM engine config" in cause:
-        return ValueError(f"serving.engine_kwargs: {cause}; give others in {_OTHERWISE}")
-    return RuntimeError(f"{name} did not come up: {cause}; replicas' logs: {session.logs()}/serve")
-
-
-def _ask(url: str, version: ModelVersion, timeout_s: float = 120) -> None:
-    """One real chat request through proxy, ingress and engine."""
-    body = {"model": version.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-    request = urllib.request.Request(  # noqa: S310  our own loopback address
-        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-            json.load(response)
-    except urllib.error.URLError as error:
-        raise RuntimeError(f"{version.model} is deployed but does not answer at {url}: {error}") from error
+        return found | serve.get_deployment_handle(CONDUCTOR, model).variants.remote().result(timeout_s=10)
+    except (RayServeException, RayError, TimeoutError):  # being started
+        return found | {"variants": {}}

@@ -35,6 +35,67 @@ class AutoscalingSpec(_Spec):
         return self
 
 
+class LimitsSpec(_Spec):
+    """What one request may ask for. Beyond it: 400, 408 or 413."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
+    max_prompt_chars: Annotated[int, Field(ge=1)] = Field(200_000, description="All messages or prompts together.")
+    max_tokens: Annotated[int, Field(ge=1)] = Field(4096, description="Of one answer, asked for or not.")
+    max_n: Annotated[int, Field(ge=1)] = Field(4, description="Answers to one prompt, and prompts in one request.")
+    max_stop_strings: Annotated[int, Field(ge=1)] = 8
+    max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="All stop strings together.")
+    max_schema_bytes: Annotated[int, Field(ge=1)] = Field(16_384, description="A JSON schema, grammar or tool list.")
+    max_schema_depth: Annotated[int, Field(ge=1)] = 32
+    max_regex_chars: Annotated[int, Field(ge=1)] = 512
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600, description="From the request to its last token.")
+
+
+class FallbackSpec(_Spec):
+    """Who answers where the model is overloaded, away or too late to begin: one of the two."""
+
+    model: str | None = Field(None, description="NAME of another model that is deployed on the same cluster.")
+    base_url: str | None = Field(None, description="An OpenAI-compatible endpoint, up to and with /v1.")
+    endpoint_model: str | None = Field(None, description="The model's name there.")
+    api_key_env: str | None = Field(None, description="The environment variable of the ingress that holds its key.")
+    after_s: Annotated[float, Field(gt=0)] = Field(30, description="How long an answer may take to begin.")
+
+    @model_validator(mode="after")
+    def _one(self) -> FallbackSpec:
+        if (self.model is None) == (self.base_url is None):
+            raise ValueError("fallback takes either model or base_url")
+        if (self.base_url is None) != (self.endpoint_model is None):
+            raise ValueError("fallback.base_url and fallback.endpoint_model go together")
+        return self
+
+
+class CanarySpec(_Spec):
+    """The timetable of an automatic canary, and what it must not do worse than production."""
+
+    steps: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((5, 25, 50), description="Percent of traffic.")
+    step_s: Annotated[float, Field(ge=0)] = Field(600, description="The least that a step takes.")
+    min_requests: Annotated[int, Field(ge=1)] = Field(50, description="Of each variant in a step, to be judged.")
+    max_error_increase: Annotated[float, Field(ge=0)] = 0.01
+    max_invalid_increase: Annotated[float, Field(ge=0)] = 0.02
+    max_latency_ratio: Annotated[float, Field(gt=0)] = Field(1.5, description="95 % latency over production's.")
+    min_feedback: Annotated[int, Field(ge=1)] = Field(20, description="Of each variant in a step, to be judged.")
+    max_feedback_loss: Annotated[float, Field(ge=0)] = Field(0.05, description="Of the mean score from 0 to 1.")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> CanarySpec:
+        if not self.steps or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps must be ascending percentages, but got {list(self.steps)}")
+        return self
+
+
+class IngressSpec(_Spec):
+    """The HTTP front of a model."""
+
+    num_replicas: Annotated[int, Field(ge=1)] = Field(2, description="One takes all where the other is lost.")
+    cors_origins: tuple[str, ...] = Field((), description="Origins of pages that may call this from a browser.")
+    json_answers: bool = Field(False, description="Every answer has to be JSON; what is not counts as invalid.")
+    limits: LimitsSpec = LimitsSpec()
+
+
 class ServingSpec(_Spec):
     """How one model is deployed."""
 
@@ -45,6 +106,9 @@ class ServingSpec(_Spec):
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     kv_cache_gib: Annotated[int, Field(ge=1)] = Field(1, description="vLLM's key-value cache on a CPU replica.")
+    ingress: IngressSpec = IngressSpec()
+    canary: CanarySpec = CanarySpec()
+    fallback: FallbackSpec | None = None
 
     @model_validator(mode="after")
     def _workers_counted(self) -> ServingSpec:

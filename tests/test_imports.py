@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "sweeps": {"cluster", "trainables", "serving.registry", "serving.spec"},
 }
 TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
-SERVE_MODULES = {"serving.engine", "serving.app", "serving.rollout"}
+SERVE_MODULES = {f"serving.{name}" for name in ("engine", "app", "ingress", "upstream", "place", "warming", "rollout")}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,42 @@ def test_models_are_listed_for_people_and_programs(home: Path, capsys) -> None:
         "aliases": {"production": version.version},
     }
     assert f"tickets@{version.version}  production" in err
+
+
+def test_promoting_a_canary_ends_it_and_rolling_back_returns(home: Path) -> None:
+    first, second = put(home, "one").version, put(home, "two").version
+    registry.set_alias("tickets", "production", first, "run a")
+    registry.set_canary("tickets", second, 10, "canary")
+    assert registry.canary("tickets")["weight"] == 10
+    registry.promote("tickets", second, "promote")
+    assert registry.aliases("tickets") == {"production": second, "previous": first}
+    assert registry.canary("tickets") is None
+    assert registry.roll_back("tickets", "worse") == first
+    assert registry.aliases("tickets") == {"production": first, "previous": second}
+    moved = [(entry["alias"], entry["before"], entry["version"]) for entry in registry.history("tickets")]
+    assert moved == [
+        ("production", None, first),
+        ("canary", None, second),
+        ("production", first, second),
+        ("canary", second, None),
+        ("production", second, first),
+    ]
+
+
+def test_rolling_back_ends_a_canary_first(home: Path) -> None:
+    first, second = put(home, "one").version, put(home, "two").version
+    registry.set_alias("tickets", "production", first, "run a")
+    with pytest.raises(ValueError, match="no canary and no previous version"):
+        registry.roll_back("tickets", "worse")
+    registry.set_canary("tickets", second, 10, "canary")
+    assert registry.roll_back("tickets", "worse") == first
+    assert registry.aliases("tickets") == {"production": first}
+
+
+def test_writers_take_turns(home: Path) -> None:
+    """A canary's conductor and a command move aliases at the same time; no move is lost."""
+    names = [put(home, f"{number}").version for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: registry.set_alias("tickets", f"alias-{name}", name, "at once"), names))
+    assert registry.aliases("tickets") == {f"alias-{name}": name for name in names}
+    assert len(registry.history("tickets")) == 8

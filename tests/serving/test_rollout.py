@@ -9,7 +9,7 @@ import pytest
 from conftest import winnow
 
 from cluster import paths
-from serving import registry, rollout
+from serving import registry, warming
 from serving.__main__ import main
 
 
@@ -49,8 +49,34 @@ def test_a_port_that_is_taken_starts_nothing(version, capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["deploy", f"tickets@{version.version}", "--port", str(port)]) == 2
-    assert f"--port: must be a free port, but {port} is not" in capsys.readouterr().err
+    assert f"--port: must be a free port of 127.0.0.1, but {port} is not" in capsys.readouterr().err
     assert not paths.serving_state_file().exists()
+
+
+def test_an_address_that_others_reach_needs_a_key(version, capsys) -> None:
+    assert main(["deploy", f"tickets@{version.version}", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "so a key is needed; make one: python -m serving keys add NAME" in capsys.readouterr().err
+    assert not paths.serving_state_file().exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["canary", "tickets", "VERSION", "--weight", "5"], ["tickets is not deployed", "serving deploy tickets"]),
+        (["canary", "tickets", "VERSION", "--weight", "0"], ["--weight", "above 0", "got 0"]),
+        (["canary", "tickets", "v9", "--auto"], ["no version or alias 'v9'"]),
+        (["promote", "tickets", "VERSION"], ["tickets is not deployed"]),
+        (["promote", "invoices", "v1"], ["no model 'invoices'"]),
+        (["rollback", "tickets"], ["tickets is not deployed"]),
+    ],
+)
+def test_traffic_cannot_be_moved_where_nothing_is_served(version, arguments: list, words: list, capsys) -> None:
+    assert main([version.version if one == "VERSION" else one for one in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert registry.aliases("tickets") == {}
+    assert registry.history("tickets") == []
 
 
 def test_a_replica_that_no_node_can_hold_leaves_no_cluster(version, tmp_path: Path) -> None:
@@ -83,8 +109,8 @@ RuntimeError: {}
     ],
 )
 def test_the_last_error_is_the_cause(cause: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.session, "logs", lambda: Path("logs"))
-    failure = rollout._failure("tickets", MESSAGE.format(cause))
+    monkeypatch.setattr(warming.session, "logs", lambda: Path("logs"))
+    failure = warming._failure("tickets", MESSAGE.format(cause))
     assert type(failure) is kind
     assert " ".join(cause.split()) in str(failure)
     assert "Traceback" not in str(failure)

@@ -1,0 +1,210 @@
+"""One merged model behind Winnow and behind bare vLLM, asked in turns: ``python scripts/bench_serving.py --json``.
+
+Both are up at once with the same engine settings on the same cores, and only one is asked at a time: for each round
+and concurrency first the one, then the other. Every request streams a fixed number of tokens. Needs no account and no
+network: the model is the tiny base, barely trained, unless ``--model`` names a registered one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+NAME = "bench"
+SERVING = {
+    "engine_kwargs": {"max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True, "dtype": "float32"},
+    "max_ongoing_requests": 64,
+}
+
+
+def main() -> int:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        if not arguments.model:
+            os.environ["WINNOW_HOME"] = scratch
+            _register_tiny_base(Path(scratch))
+        model = arguments.model or NAME
+        with _winnow(model) as ours, _bare(model) as bare:
+            runs = asyncio.run(measure({"winnow": ours, "bare": bare}, model, arguments))
+    for run in runs:
+        print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"device": f"cpu ({len(os.sched_getaffinity(0))} cores)", "runs": runs}))
+    return 0
+
+
+async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians over the rounds, for each concurrency; ratios are Winnow over bare."""
+    found: dict[int, dict[str, list[dict[str, float]]]] = {
+        c: {side: [] for side in urls} for c in arguments.concurrency
+    }
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        for turn in range(-1, arguments.rounds):  # the first round warms both up
+            for concurrency in arguments.concurrency:
+                for side, url in urls.items():
+                    requests = max(arguments.requests, 4 * concurrency)
+                    one = await _load(session, url, model, concurrency, requests, arguments.tokens)
+                    if turn >= 0:
+                        found[concurrency][side].append(one)
+    return [_compared(concurrency, sides) for concurrency, sides in found.items()]
+
+
+def _compared(concurrency: int, sides: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    run: dict[str, Any] = {"concurrency": concurrency}
+    for key, name in (("tokens_s", "throughput"), ("ttft_s", "ttft"), ("token_s", "time_per_token")):
+        values = {side: statistics.median(one[key] for one in rounds) for side, rounds in sides.items()}
+        ratios = [mine[key] / theirs[key] for mine, theirs in zip(sides["winnow"], sides["bare"], strict=True)]
+        run |= {f"{name}_ratio": round(statistics.median(ratios), 3)}
+        run |= {f"{side}_{key}": round(value, 5) for side, value in values.items()}
+    return run
+
+
+async def _load(
+    session: aiohttp.ClientSession, url: str, model: str, concurrency: int, requests: int, tokens: int
+) -> dict[str, float]:
+    """So many requests, so many at once: tokens a second, median seconds to the first token and for each next one."""
+    waiting = iter(range(requests))
+    firsts, nexts = [], []
+
+    async def client() -> None:
+        for number in waiting:
+            first, rest = await _request(session, url, model, f"Repeat: lemon {number}", tokens)
+            firsts.append(first)
+            nexts.append(rest / (tokens - 1))
+
+    started = time.monotonic()
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    wall = time.monotonic() - started
+    return {
+        "tokens_s": requests * tokens / wall,
+        "ttft_s": statistics.median(firsts),
+        "token_s": statistics.median(nexts),
+    }
+
+
+async def _request(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int
+) -> tuple[float, float]:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started, first, last = time.monotonic(), None, b""
+    async with session.post(f"{url}/chat/completions", json=body) as reply:
+        assert reply.status == 200, await reply.text()
+        async for piece in reply.content.iter_any():
+            last = (last + piece)[-2000:]
+            if first is None and b'"content":"' in piece.replace(b'"content":""', b""):
+                first = time.monotonic()
+    assert f'"completion_tokens":{tokens}'.encode() in last, last
+    ended = time.monotonic()
+    first = first or ended
+    return first - started, ended - first
+
+
+def _register_tiny_base(home: Path) -> None:
+    from serving import registry
+
+    base = home / "tiny"
+    subprocess.run(
+        [sys.executable, ROOT / "scripts/make_tiny_base.py", "--out", base, "--steps", "30"], check=True, stdout=2
+    )
+    with registry.staging(NAME) as staged:
+        for file in base.iterdir():
+            shutil.copyfile(file, staged / file.name)
+        version = registry.register(NAME, staged, {"serving": SERVING})
+    registry.set_alias(NAME, registry.PRODUCTION, version.version, "benchmark")
+
+
+@contextmanager
+def _winnow(model: str) -> Iterator[str]:
+    from ray._common.network_utils import find_free_port
+
+    command = [sys.executable, "-m", "serving"]
+    done = subprocess.run(
+        [*command, "deploy", model, "--port", str(find_free_port()), "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    try:
+        yield json.loads(done.stdout.splitlines()[-1])["url"]
+    finally:
+        subprocess.run([*command, "stop"], cwd=ROOT, check=True)
+
+
+@contextmanager
+def _bare(model: str) -> Iterator[str]:
+    """vLLM's own server with the settings that the version was registered with."""
+    from ray._common.network_utils import find_free_port
+
+    from serving import engine, registry
+    from serving.spec import with_changes
+
+    version, port = registry.find(model), find_free_port()
+    spec = with_changes(version.record["serving"], {})
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(version.path)]
+    command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
+    for name, value in engine.engine_kwargs(spec).items():
+        option = "--" + name.replace("_", "-")
+        command += [option] if value is True else [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+    environment = os.environ | engine.environment(spec) | {"OMP_NUM_THREADS": "1"}
+    command += ["--disable-uvicorn-access-log"]
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()  # noqa: S310  our own loopback address
+            return
+        except urllib.error.URLError:
+            time.sleep(1)
+    raise RuntimeError("vLLM's own server did not come up")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
+    parser.add_argument("--model", help="a registered model (default: a tiny one, made here)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=32, help="the least a round asks of each side")
+    parser.add_argument("--tokens", type=int, default=64, help="that each request streams")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

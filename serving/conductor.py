@@ -1,0 +1,163 @@
+"""The one place where a model's counts come together, and the clockwork of its automatic canaries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving import registry
+from serving.counts import Counts
+from serving.judgement import Decision, Judgement, judge
+from serving.registry import CANARY, PRODUCTION
+from serving.spec import CanarySpec, with_changes
+
+NAME = "conductor"
+_TICK_S = 1.0
+_REMEMBERED = 20_000
+"""Answers whose variant is known when feedback on them arrives."""
+
+Who = tuple[str, str]
+"""Version and variant."""
+Spent = dict[str, tuple[int, int]]
+"""By an API key's name, requests and tokens."""
+
+
+@dataclass
+class Delta:
+    """What an ingress replica counted since it last reported."""
+
+    counts: dict[Who, Counts] = field(default_factory=dict)
+    answers: dict[str, Who] = field(default_factory=dict)
+    spent: Spent = field(default_factory=dict)
+
+    def add(self, version: str, variant: str, identity: str | None, counts: Counts) -> None:
+        self.counts.setdefault((version, variant), Counts()).merge(counts)
+        if identity:
+            self.answers[identity] = (version, variant)
+
+    def merge(self, other: Delta) -> None:
+        for who, counts in other.counts.items():
+            self.counts.setdefault(who, Counts()).merge(counts)
+        self.answers |= other.answers
+        add_spent(self.spent, other.spent)
+
+
+def add_spent(total: Spent, more: Spent) -> None:
+    for name, (requests, tokens) in more.items():
+        before = total.get(name, (0, 0))
+        total[name] = (before[0] + requests, before[1] + tokens)
+
+
+class Timetable:
+    """An automatic canary on its way: what it does at a time, given what was counted. It has no clock of its own."""
+
+    def __init__(self, model: str, spec: CanarySpec) -> None:
+        self._model, self._spec = model, spec
+        self._step: tuple[str, int, str] | None = None
+        self._since = 0.0
+        self._before: dict[str, Counts] = {}
+        self._told = ""
+
+    def tick(self, now: float, counts: dict[Who, Counts]) -> Judgement | None:
+        """Judge the canary's step, and move it on or back. None where no automatic canary runs.
+
+        Args:
+            now: seconds, of any clock that never goes back.
+        """
+        plan = registry.canary(self._model)
+        if plan is None or plan["step"] is None:
+            self._step = None
+            return None
+        step = (plan["version"], plan["step"], plan["since"])
+        if self._step != step:
+            self._step, self._since, self._told = step, now, ""
+            self._before = _by_variant(counts)
+        since = {name: _since(self._before.get(name), total) for name, total in _by_variant(counts).items()}
+        production, canary = since.get(PRODUCTION, Counts()), since.get(CANARY, Counts())
+        found = judge(self._spec, production, canary, now - self._since)
+        self._act(plan, found)
+        return found
+
+    def _act(self, plan: dict[str, Any], found: Judgement) -> None:
+        reason, version = f"{found.decision}: {found.reason}", plan["version"]
+        following = plan["step"] + 1
+        if found.decision is not Decision.HOLD:
+            self._step = None  # whatever comes next begins anew
+        if found.decision is Decision.ROLL_BACK:
+            registry.roll_back(self._model, reason)
+        elif found.decision is Decision.HOLD:
+            if found.reason != self._told:  # a reason is history once, not once a second
+                registry.note(self._model, CANARY, version, reason)
+                self._told = found.reason
+        elif following == len(self._spec.steps):
+            registry.promote(self._model, version, reason)
+        else:
+            registry.set_canary(self._model, version, self._spec.steps[following], reason, following)
+
+
+def _by_variant(counts: dict[Who, Counts]) -> dict[str, Counts]:
+    """Production's and the canary's counts as they are now, apart from the ones that go on growing."""
+    found: dict[str, Counts] = {}
+    for (_, variant), one in counts.items():
+        found.setdefault(variant, Counts()).merge(one)
+    return found
+
+
+def _since(before: Counts | None, total: Counts) -> Counts:
+    return total.less(before) if before else total
+
+
+class Conductor:
+    """One replica a model; ingress replicas report to it. Counts are kept from its start."""
+
+    async def __init__(self, model: str, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._counts: dict[Who, Counts] = {}
+        self._answers: OrderedDict[str, Who] = OrderedDict()
+        self._untold: dict[str, Spent] = {}
+        self._timetable = Timetable(model, with_changes(settings, {}).canary)
+        self._since = time.time()
+        self._clock = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._timetable.tick(time.monotonic(), self._counts)
+
+    def report(self, ingress: str, delta: Delta) -> Spent:
+        """Add what one replica of the ingress counted.
+
+        Returns:
+            What the keys spent at the other replicas since this one last reported.
+        """
+        for name, untold in self._untold.items():
+            if name != ingress:
+                add_spent(untold, delta.spent)
+        for who, counts in delta.counts.items():
+            self._counts.setdefault(who, Counts()).merge(counts)
+        self._answers.update(delta.answers)
+        while len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
+        told, self._untold[ingress] = self._untold.get(ingress, {}), {}
+        return told
+
+    def feedback(self, identity: str, score: float) -> bool:
+        """Count a score from 0 to 1 for whoever gave that answer; False where nobody is known to have."""
+        if (who := self._answers.get(identity)) is None:
+            return False
+        self._counts[who].merge(Counts(feedback=1, feedback_sum=score))
+        return True
+
+    def variants(self) -> dict[str, Any]:
+        """What was counted, by ``VERSION VARIANT``, and since when."""
+        return {
+            "since": self._since,
+            "variants": {" ".join(who): counts.summary() for who, counts in sorted(self._counts.items())},
+        }
+
+    async def check_health(self) -> None:
+        """Serve starts a replica anew whose clockwork has stopped."""
+        if self._clock.done():
+            self._clock.result()

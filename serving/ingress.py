@@ -1,0 +1,316 @@
+"""The HTTP front of one model: keys, limits, traffic, fallback, counts. What it lets through is answered by vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from ray import serve
+from starlette.exceptions import HTTPException
+
+from cluster import paths
+from serving import keys, limits, openapi, registry
+from serving.answer import Answer, Target
+from serving.conductor import NAME as CONDUCTOR
+from serving.conductor import Delta
+from serving.counts import Counts
+from serving.errors import ApiError
+from serving.keys import ApiKey
+from serving.listener import Listener
+from serving.quota import Quota
+from serving.spec import with_changes
+from serving.traffic import NoSuchVersion, Routes
+from serving.upstream import Replies
+
+SESSION_HEADER = "x-session-id"
+_POLL_S, _REPORT_S = 0.2, 1.0
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+class Ingress:
+    """One replica of the front. Its aliases, canary and keys are files that it reads again five times a second, so a
+    command that writes them has its effect in all replicas, and none of them has to be told."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        model: str,
+        settings: dict[str, Any],
+        listens: tuple[str, int] | None,
+        loopback: bool,
+        deployed: Any = None,
+    ) -> None:
+        self._model, self._spec, self._loopback = model, with_changes(settings, {}), loopback
+        self._listens = listens
+        self._listener: Listener | None = None
+        self._warm: tuple[str, ...] = ()
+        self._routes = Routes((), "", {})
+        self._keys: list[ApiKey] = []
+        self._quotas: dict[str, Quota] = {}
+        self._replies, self._delta, self._name = Replies(), Delta(), os.urandom(8).hex()
+        self._conductor = serve.get_deployment_handle(CONDUCTOR, model)
+        self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve calls this with the versions that are warm, the newest deployed one first."""
+        self._warm = tuple(config["warm"])
+        self._read()
+        if self._listens and self._listener is None:  # not in __init__: there is no application then
+            self._listener = Listener(self.app, *self._listens)  # type: ignore[attr-defined]  # Serve's wrapper has it
+
+    async def __del__(self) -> None:
+        """Serve's last word to a replica: answers that have begun are finished."""
+        if self._listener:
+            await self._listener.close()
+
+    def _read(self) -> None:
+        plan = registry.canary(self._model) or {"weight": 0}
+        self._routes = Routes(self._warm, self._warm[0], registry.aliases(self._model), plan["weight"])
+        self._keys = keys.read()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            if self._warm:
+                await asyncio.to_thread(self._read)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_S)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        """Hand what was counted to the conductor, and learn what the keys spent elsewhere. What it could not take goes
+        with the next report."""
+        delta, self._delta = self._delta, Delta()
+        delta.spent = {name: spent for name, quota in self._quotas.items() if any(spent := quota.spent_since())}
+        try:
+            elsewhere = await self._conductor.report.remote(self._name, delta)
+        except Exception:  # it is being started anew, or overloaded; nothing here may end for that
+            delta.merge(self._delta)
+            self._delta = delta
+            return
+        for name, (requests, tokens) in elsewhere.items():
+            if name in self._quotas:
+                self._quotas[name].take(requests, tokens)
+
+    # Routes ---------------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        """OpenAI's chat completions, streamed or whole, as vLLM takes them."""
+        return await self._generate(request, _CHAT)
+
+    async def completions(self, request: Request) -> Response:
+        """OpenAI's text completions."""
+        return await self._generate(request, _COMPLETIONS)
+
+    async def tokenize(self, request: Request) -> Response:
+        """A text's or a conversation's tokens."""
+        return await self._plain(request, "/tokenize")
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        return await self._plain(request, "/detokenize")
+
+    async def models(self, request: Request) -> Response:
+        """The model, and beneath it the versions that can be asked for as ``NAME@VERSION``."""
+        self._admit(request)
+        return JSONResponse({"object": "list", "data": [self._card(self._model)]})
+
+    async def model(self, request: Request, model: str) -> Response:
+        """One of them."""
+        self._admit(request)
+        name, _, wanted = model.partition("@")
+        self._choose(name, wanted, "")
+        return JSONResponse(self._card(model))
+
+    async def feedback(self, request: Request) -> Response:
+        """``{"id": the answer's id, "score": from 0 to 1}``: it counts for the variant that gave the answer."""
+        self._admit(request)
+        body = limits.parse(await self._body(request))
+        identity, score = body.get("id"), body.get("score")
+        if not isinstance(identity, str) or isinstance(score, bool) or not isinstance(score, int | float):
+            raise ApiError(400, "feedback takes an answer's id and a score from 0 to 1", "invalid_feedback")
+        if not 0 <= score <= 1:
+            raise ApiError(400, f"score must be from 0 to 1, but got {score}", "invalid_feedback", "score")
+        await self._tell()  # the answer may be among what was not reported yet
+        if not await self._conductor.feedback.remote(identity, float(score)):
+            raise ApiError(404, f"no answer {identity!r} is remembered", "unknown_answer", "id")
+        return JSONResponse({"id": identity, "score": score})
+
+    async def health(self) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "winnow", "versions": list(self._warm)}
+
+    # Who may ask, and what ------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> tuple[ApiKey | None, Quota | None]:
+        """
+        Raises:
+            ApiError: 401 without a key where one is needed; 429 where the key's limit is reached.
+        """
+        if not self._keys and self._loopback and _from_here(request):
+            return None, None
+        scheme, _, plain = request.headers.get("authorization", "").partition(" ")
+        key = keys.match(self._keys, plain.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
+        quota, now = self._quota(key), time.monotonic()
+        if wait := quota.admit(now):
+            raise ApiError(429, f"the limits of key {key.name!r} are reached", "rate_limit_exceeded", None, wait)
+        return key, quota
+
+    def _quota(self, key: ApiKey) -> Quota:
+        if key.name not in self._quotas:
+            self._quotas[key.name] = Quota.of(key.requests_per_minute, key.tokens_per_minute, time.monotonic())
+        return self._quotas[key.name]
+
+    async def _body(self, request: Request) -> bytes:
+        """
+        Raises:
+            ApiError: 413, and no more of it is read.
+        """
+        most, parts, size = self._spec.ingress.limits.max_body_bytes, [], 0
+        async for part in request.stream():
+            parts.append(part)
+            if (size := size + len(part)) > most:
+                raise ApiError(413, f"the body must be at most {most} bytes, but is longer", "body_too_large")
+        return b"".join(parts)
+
+    async def _asked(self, request: Request) -> tuple[dict[str, Any], Target]:
+        body = limits.parse(await self._body(request))
+        limits.check(body, self._spec.ingress.limits)
+        name, _, wanted = str(body.get("model") or "").partition("@")
+        return body, self._choose(name, wanted, _key(request, body))
+
+    def _choose(self, name: str, wanted: str, key: str) -> Target:
+        """
+        Raises:
+            ApiError: 404, no such model here, or no such version.
+        """
+        if name != self._model:
+            raise ApiError(
+                404, f"there is no model {name!r} here; there is {self._model!r}", "model_not_found", "model"
+            )
+        try:
+            version, variant = self._routes.choose(wanted, key)
+        except NoSuchVersion:
+            known = ", ".join(f"{self._model}@{version}" for version in self._warm)
+            raise ApiError(
+                404, f"{name}@{wanted} is not deployed; there are: {known}", "model_not_found", "model"
+            ) from None
+        return Target(self._model, version, variant)
+
+    # Answers --------------------------------------------------------------------------------------------------------
+
+    async def _plain(self, request: Request, path: str) -> Response:
+        """A request that generates nothing: passed on, and not counted."""
+        self._admit(request)
+        body, target = await self._asked(request)
+        payload = json.dumps(body | {"model": target.model}).encode()
+        async with self._replies.from_version(
+            target.model, target.version, "POST", path, payload, self._spec.ingress.limits.timeout_s
+        ) as reply:
+            return Response(await reply.read(), reply.status, media_type="application/json")
+
+    async def _generate(self, request: Request, path: str) -> Response:
+        _, quota = self._admit(request)
+        body, target = await self._asked(request)
+        answer = Answer(body, target, self._spec, quota, self._count)
+        try:
+            return await _unless_gone(request, answer.begin(self._replies, path))
+        except TimeoutError:
+            raise answer.failed(ApiError(408, "the answer took too long", "timeout")) from None
+
+    def _count(self, target: Target, identity: str | None, counts: Counts) -> None:
+        self._delta.add(target.version, target.variant, identity, counts)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The work's outcome. It ends, and frees its place in the engine, where the client goes away before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _key(request: Request, body: dict[str, Any]) -> str:
+    """By what a client keeps its variant: its session, its user, or nothing at all."""
+    user = body.get("user")
+    return request.headers.get(SESSION_HEADER) or (user if isinstance(user, str) else "") or os.urandom(8).hex()
+
+
+def _from_here(request: Request) -> bool:
+    """Serve's own proxy names no client, one that speaks HTTP to this replica does."""
+    try:
+        return (
+            request.client is None or not request.client.host or ipaddress.ip_address(request.client.host).is_loopback
+        )
+    except ValueError:
+        return False
+
+
+_ROUTES: dict[str, Callable[[FastAPI], Callable]] = {
+    "chat": lambda app: app.post(_CHAT, openapi_extra=openapi.takes("messages")),
+    "completions": lambda app: app.post(_COMPLETIONS, openapi_extra=openapi.takes("prompt")),
+    "tokenize": lambda app: app.post("/tokenize", openapi_extra=openapi.takes()),
+    "detokenize": lambda app: app.post("/detokenize", openapi_extra=openapi.takes("tokens")),
+    "models": lambda app: app.get("/v1/models"),
+    "model": lambda app: app.get("/v1/models/{model:path}"),
+    "feedback": lambda app: app.post("/v1/feedback", openapi_extra=openapi.takes_feedback()),
+    "health": lambda app: app.get("/health"),
+}
+
+
+def ingress_class(origins: tuple[str, ...]) -> type:
+    """The class that Serve deploys: ``Ingress`` behind a FastAPI application, with errors in OpenAI's shape."""
+    app = FastAPI(title="Winnow", docs_url=None, redoc_url=None)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+
+    def tell(error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    app.add_exception_handler(ApiError, lambda _, error: tell(error))  # type: ignore[arg-type]
+    app.add_exception_handler(
+        HTTPException,
+        lambda _, error: tell(ApiError(error.status_code, error.detail, error.detail.lower().replace(" ", "_"))),  # type: ignore[attr-defined]
+    )
+    app.add_exception_handler(
+        RequestValidationError, lambda _, error: tell(ApiError(400, str(error), "invalid_request"))
+    )
+    app.add_exception_handler(
+        Exception, lambda _, __: tell(ApiError(500, "the ingress failed; its log says why", "internal_error"))
+    )
+    routed = {name: route(app)(getattr(Ingress, name)) for name, route in _ROUTES.items()}
+    return serve.ingress(app)(type("Ingress", (Ingress,), routed))
+
+
+def fingerprint(model: str, settings: dict[str, Any], listens: tuple[str, int] | None, loopback: bool) -> str:
+    """Of all that a replica of the ingress has to be started anew for: its settings, and the code of this package."""
+    digest = hashlib.sha256(json.dumps([model, settings, listens, loopback], sort_keys=True).encode())
+    for file in sorted(paths.package("serving").glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

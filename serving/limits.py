@@ -1,0 +1,152 @@
+"""What a request may ask for: pure checks of its JSON, before anything of it reaches the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from serving.errors import ApiError
+from serving.spec import LimitsSpec
+
+_REFUSED = {
+    "chat_template": "the model's own chat template is used",
+    "prompt_embeds": "give a prompt as text",
+    "kv_transfer_params": "it is for engines among themselves",
+    "vllm_xargs": "it is for the engine's own settings",
+    "logits_processors": "it would name code to run",
+    "mm_processor_kwargs": "it is for the engine's own settings",
+}
+_SCHEMAS = ("tools", "functions")
+_MOST_LEVELS = 100
+"""Of a body's JSON: no honest one comes near it, and whoever walks through one needs no care."""
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """A request's JSON object.
+
+    Raises:
+        ApiError: 400, it is none, or has what JSON does not have (NaN, half of a surrogate pair).
+    """
+    try:
+        body = json.loads(raw, parse_constant=_no_number)
+        raw.decode()
+        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
+        if _depth(body) > _MOST_LEVELS:
+            raise RecursionError
+    except RecursionError:
+        raise ApiError(
+            400, f"the body must be at most {_MOST_LEVELS} levels deep, but is deeper", "invalid_json"
+        ) from None
+    except ValueError as error:
+        raise ApiError(400, f"the body must be a JSON object, but is not: {error}", "invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body must be a JSON object, but is a {type(body).__name__}", "invalid_json")
+    return body
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def check(body: dict[str, Any], limits: LimitsSpec) -> None:
+    """
+    Raises:
+        ApiError: 400; a field is refused or beyond its limit.
+    """
+    for name, reason in _REFUSED.items():
+        if body.get(name) is not None:
+            raise ApiError(400, f"{name} is not taken in a request; {reason}", "unsupported_parameter", name)
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        _at_most(body, name, limits.max_tokens)
+    for name in ("n", "best_of"):
+        _at_most(body, name, limits.max_n)
+    _check_prompts(body, limits)
+    _check_stop(body.get("stop"), limits)
+    for name, schema in _schemas(body):
+        _check_schema(name, schema, limits)
+
+
+def _at_most(body: dict[str, Any], name: str, most: int) -> None:
+    value = body.get(name)
+    if isinstance(value, int) and value > most:  # what is no number is vLLM's to refuse
+        raise _beyond(name, value, most)
+
+
+def _beyond(name: str, value: int, most: int, unit: str = "") -> ApiError:
+    return ApiError(400, f"{name} must be at most {most}{unit}, but got {value}", "limit_exceeded", name)
+
+
+def _check_prompts(body: dict[str, Any], limits: LimitsSpec) -> None:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_n:
+        raise _beyond("prompt", len(prompt), limits.max_n, " prompts")
+    for name in ("messages", "prompt", "suffix"):
+        if (length := sum(map(len, _texts(body.get(name))))) > limits.max_prompt_chars:
+            raise _beyond(name, length, limits.max_prompt_chars, " characters")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a prompt; a token counts as a character."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, int):
+        yield " "
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+def _check_stop(stop: Any, limits: LimitsSpec) -> None:
+    strings = stop if isinstance(stop, list) else [stop] if stop else []
+    if len(strings) > limits.max_stop_strings:
+        raise _beyond("stop", len(strings), limits.max_stop_strings, " strings")
+    if (length := sum(len(one) for one in strings if isinstance(one, str))) > limits.max_stop_chars:
+        raise _beyond("stop", length, limits.max_stop_chars, " characters")
+
+
+def _schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Everything that becomes a grammar, by its name."""
+    yield from ((name, body.get(name)) for name in _SCHEMAS)
+    if isinstance(form := body.get("response_format"), dict):
+        yield "response_format", {name: value for name, value in form.items() if name != "type"}
+    if isinstance(wanted := body.get("structured_outputs"), dict):
+        for name, value in wanted.items():
+            yield f"structured_outputs.{name}", _regex(value) if name == "regex" else value
+
+
+class _Regex(str):
+    """A regular expression, which has a limit of its own."""
+
+
+def _regex(value: Any) -> Any:
+    return _Regex(value) if isinstance(value, str) else value
+
+
+def _check_schema(name: str, schema: Any, limits: LimitsSpec) -> None:
+    if isinstance(schema, _Regex):
+        if len(schema) > limits.max_regex_chars:
+            raise _beyond(name, len(schema), limits.max_regex_chars, " characters")
+    elif schema is not None:
+        if (size := len(json.dumps(schema))) > limits.max_schema_bytes:
+            raise _beyond(name, size, limits.max_schema_bytes, " bytes")
+        if (depth := _depth(schema)) > limits.max_schema_depth:
+            raise _beyond(name, depth, limits.max_schema_depth, " levels")
+        for pattern in _patterns(schema):
+            if len(pattern) > limits.max_regex_chars:
+                raise _beyond(f"{name} pattern", len(pattern), limits.max_regex_chars, " characters")
+
+
+def _depth(value: Any) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inside), default=0) if isinstance(value, dict | list) else 0
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """The regular expressions of a JSON schema."""
+    if isinstance(schema, dict):
+        if isinstance(pattern := schema.get("pattern"), str):
+            yield pattern
+        yield from (key for key in schema.get("patternProperties") or () if isinstance(key, str))
+    for one in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _patterns(one)

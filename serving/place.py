@@ -1,0 +1,154 @@
+"""Where serving runs: the cluster that ``RAY_ADDRESS`` names or one started here, its port, and what is deployed on it.
+
+What has to be known from one command to the next stands in ``WINNOW_HOME/serving.json``; only this module opens it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster import files, paths, session
+
+HOST, PORT = "127.0.0.1", 8000
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""For the replicas of a cluster of ours: their code and their handles run in the event loop in which requests arrive.
+A hop between two threads costs more than what is done in either."""
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One model's application.
+
+    Args:
+        versions: that have a deployment, the one first that was deployed last.
+        settings: keys of the serving section, in the place of what each version was registered with.
+        host, port: where its ingress listens.
+    """
+
+    host: str = HOST
+    port: int = PORT
+    versions: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """As a client on this machine says it."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104  compared, not bound
+        return f"http://{host}:{self.port}/v1"
+
+
+@contextmanager
+def cluster(log: Log, start: bool) -> Iterator[bool]:
+    """Connected to the serving cluster for the block; False where there is none and ``start`` is not set.
+
+    A cluster that was started here ends again if the block fails.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    own = _own_address()
+    address = os.environ.get("RAY_ADDRESS") or own
+    if not address and not start:
+        yield False
+        return
+    if address:
+        if address == own:
+            session.require_token()
+        with _connected(address):
+            yield True
+        return
+    log("deploy: starting a Ray cluster on this machine")
+    head = session.start_head(paths.serving_log(), environment=_ONE_LOOP)
+    files.write_json(paths.serving_state_file(), {"head": asdict(head)})
+    try:
+        with _connected(head.address):
+            yield True
+    except BaseException:
+        head.stop()
+        forget()
+        raise
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    with session.connected(address=address):
+        from ray import serve  # noqa: F401  it makes its logger as it is imported
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it prints every option otherwise
+        yield
+
+
+def of(model: str, host: str | None, port: int | None) -> Deployed:
+    """What is deployed of a model, or nothing yet, with the address that it listens on or is to listen on.
+
+    Raises:
+        ValueError: it listens on another one already, or another program does.
+    """
+    if is_up() and (now := deployed().get(model)):
+        for option, wanted, has in (("host", host, now.host), ("port", port, now.port)):
+            if wanted not in (None, has):
+                raise ValueError(
+                    f"--{option}: {model} listens on {has} already, but got {wanted}; leave it out, or stop first"
+                )
+        return now
+    host, port = host or HOST, PORT if port is None else port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"--port: must be a free port of {host}, but {port} is not: {error}; name another one"
+            ) from None
+    return Deployed(host, port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def deployed() -> dict[str, Deployed]:
+    """By model."""
+    apps = _read().get("apps", {})
+    return {model: Deployed(**app | {"versions": tuple(app["versions"])}) for model, app in apps.items()}
+
+
+def remember(model: str, now: Deployed) -> None:
+    apps = {name: asdict(app) for name, app in (deployed() | {model: now}).items()}
+    files.write_json(paths.serving_state_file(), _read() | {"apps": apps})
+
+
+def forget() -> None:
+    paths.serving_state_file().unlink(missing_ok=True)
+
+
+def is_up() -> bool:
+    """Whether there is a cluster to be connected to, as far as can be told without asking it."""
+    return bool(os.environ.get("RAY_ADDRESS") or _own_address())
+
+
+def own_head() -> session.Head | None:
+    """The head node that ``deploy`` started; it may have ended meanwhile."""
+    state = _read()
+    return session.Head(**state["head"]) if "head" in state else None
+
+
+def _own_address() -> str | None:
+    head = own_head()
+    return head.address if head and head.is_alive() else None
+
+
+def _read() -> dict[str, Any]:
+    file = paths.serving_state_file()
+    return files.read_json(file) if file.exists() else {}

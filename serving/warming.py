@@ -1,0 +1,166 @@
+"""A model's application brought from the versions that it has to the ones that it should have, and waited for.
+
+A new version first comes up without traffic, then the ingress is told of it, and only then an old one goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from cluster import session
+from serving import place, registry
+from serving.place import Deployed
+from serving.spec import with_changes
+
+OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
+"""Where a user gives other settings."""
+_POLL_S, _TELL_S = 0.2, 15
+_SETTLE_S = 1.0
+"""By then every ingress replica goes by what it was told."""
+Log = Callable[[str], None]
+
+
+def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
+    """Make exactly ``versions`` warm. The first of them answers where no alias says otherwise.
+
+    Args:
+        now: what is deployed already, with the settings and the address that are wanted.
+
+    Raises:
+        ValueError: vLLM refused its settings.
+        RuntimeError: a version did not come up, or does not answer. What was there before goes on serving.
+    """
+    wanted, have = tuple(dict.fromkeys(versions)), now.versions
+    new = [version for version in wanted if version not in have]
+    room = _room(model, new or wanted[:1], now)
+    if have and not room:
+        log("deploy: no room for old and new at once; requests wait until the new replica is up")
+    with _undone(model, now, log):
+        if have and new and room:
+            _apply(model, now, (*have, *new), have, room, log)
+        both = wanted if not room else tuple(dict.fromkeys([*wanted, *have]))
+        _apply(model, now, both, wanted, room, log)
+        for version in new:
+            asyncio.run(_ask(model, version))
+        if set(both) - set(wanted):
+            time.sleep(_SETTLE_S)
+            _apply(model, now, wanted, wanted, room, log)
+    place.remember(model, replace(now, versions=wanted))
+
+
+def _room(model: str, versions: Sequence[str], now: Deployed) -> bool:
+    """Whether the cluster can start a replica of each beside all that runs."""
+    import ray
+
+    free = ray.available_resources()
+    specs = [
+        with_changes(registry.find(f"{model}@{version}").record["serving"], now.settings).replica_as_ray
+        for version in versions
+    ]
+    return all(sum(spec.get(name, 0) for spec in specs) <= free.get(name, 0) for spec in specs for name in spec)
+
+
+def _apply(
+    model: str,
+    now: Deployed,
+    versions: Sequence[str],
+    warm: Sequence[str],
+    room: bool,
+    log: Log,
+) -> None:
+    """Have Serve make the application of ``versions``, of which the warm ones take requests; returns when it runs."""
+    from ray import serve
+    from ray.util import get_node_ip_address
+
+    from serving.app import AppArgs, build
+
+    first, *beside = versions
+    arguments = AppArgs(
+        model=f"{model}@{first}",
+        serving=now.settings,
+        beside=beside,
+        warm=list(warm),
+        listens=(now.host, now.port),
+        node=get_node_ip_address(),
+        surge=room,
+    )
+    target = serve.RunTarget(build(arguments), model, f"/{model}")
+    serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running(model, log)
+
+
+@contextmanager
+def _undone(model: str, now: Deployed, log: Log) -> Iterator[None]:
+    """If the block fails, an application that was there before is as it was, and another one is gone."""
+    from ray import serve
+
+    try:
+        yield
+    except BaseException:
+        before = place.deployed().get(model)
+        if not now.versions or before is None:
+            serve.delete(model)
+        else:
+            log("deploy: back to what ran before")
+            _apply(model, before, before.versions, before.versions, True, log)
+        raise
+
+
+def _wait_until_running(name: str, log: Log) -> None:
+    """Until the application runs; says now and then what it waits for.
+
+    Raises:
+        ValueError: vLLM refused its settings.
+        RuntimeError: it failed for another reason; the line carries the replica's last error.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    started = told = time.monotonic()
+    while (app := serve.status().applications[name]).status is not ApplicationStatus.RUNNING:
+        if app.status is ApplicationStatus.DEPLOY_FAILED:
+            raise _failure(name, " ".join([app.message, *(one.message for one in app.deployments.values())]))
+        if (now := time.monotonic()) - told >= _TELL_S:
+            told = now
+            states = (f"{key} {' '.join(one.replica_states)}" for key, one in app.deployments.items())
+            log(f"deploy: {now - started:.0f} s: {', '.join(states)}")
+        time.sleep(_POLL_S)
+
+
+def _failure(name: str, message: str) -> Exception:
+    """What Serve says of an application that failed, as one line: a message of its holds tracebacks, one in another."""
+    starts = [found.end() for found in re.finditer(r"^[\w.]*(?:Error|Exception): ", message, re.MULTILINE)]
+    cause = textwrap.shorten(message[starts[-1] if starts else 0 :], 400)
+    if "vLLM engine config" in cause:
+        return ValueError(f"serving.engine_kwargs: {cause}; give others in {OTHERWISE}")
+    return RuntimeError(f"{name} did not come up: {cause}; replicas' logs: {session.logs()}/serve")
+
+
+async def _ask(model: str, version: str, timeout_s: float = 120) -> None:
+    """One real chat request to a replica, over HTTP, as the ingress makes it.
+
+    Raises:
+        RuntimeError: it is not answered.
+    """
+    from serving.upstream import Overloaded, Replies
+
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    payload = json.dumps(body).encode()
+    replies = Replies()
+    try:
+        route = replies.from_version(model, version, "POST", "/v1/chat/completions", payload, timeout_s)
+        async with route as reply:
+            told = await reply.text()
+            if reply.status != 200:
+                raise RuntimeError(f"{model}@{version} is deployed but answers {reply.status}: {told[:200]}")
+    except (Overloaded, TimeoutError) as error:
+        raise RuntimeError(f"{model}@{version} is deployed but does not answer: {error}") from error
+    finally:
+        await replies.close()

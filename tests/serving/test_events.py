@@ -1,0 +1,57 @@
+"""A stream is passed on byte by byte, and what it says is counted on the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from serving.events import Stream, is_json, texts
+
+
+def event(**content: object) -> bytes:
+    """Compact, as vLLM writes it."""
+    return b"data: " + json.dumps({"id": "chatcmpl-1", **content}, separators=(",", ":")).encode() + b"\n\n"
+
+
+def delta(text: str, index: int = 0) -> bytes:
+    return event(choices=[{"index": index, "delta": {"content": text}}])
+
+
+USAGE = event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 2})
+DONE = b"data: [DONE]\n\n"
+WHOLE = delta('{"a": ') + delta("1}") + USAGE + DONE
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
+def test_however_it_is_cut_the_same_comes_out(size: int) -> None:
+    stream = Stream(show_usage=False, keep=True)
+    passed = b"".join(stream.feed(WHOLE[start : start + size]) for start in range(0, len(WHOLE), size))
+    assert passed == WHOLE.replace(USAGE, b"")
+    assert (stream.id, stream.done, stream.failed) == ("chatcmpl-1", True, False)
+    assert stream.usage == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert stream.texts() == ['{"a": 1}']
+
+
+def test_token_counts_are_passed_on_to_whoever_asked() -> None:
+    assert Stream(show_usage=True, keep=False).feed(WHOLE) == WHOLE
+
+
+def test_an_error_in_the_stream_is_seen() -> None:
+    stream = Stream(show_usage=False, keep=False)
+    stream.feed(delta("a") + b'data: {"error": {"message": "no"}}\n\n' + DONE)
+    assert stream.failed
+    assert not Stream(show_usage=False, keep=False).done
+
+
+def test_texts_of_several_choices() -> None:
+    stream = Stream(show_usage=False, keep=True)
+    stream.feed(delta("b", 1) + delta("a", 0) + delta("c", 1))
+    assert stream.texts() == ["a", "bc"]
+    assert texts({"choices": [{"message": {"content": "x"}}, {"text": "y"}, {"message": {"content": None}}]}) == [
+        "x",
+        "y",
+        "",
+    ]
+    assert is_json("[1]")
+    assert not is_json('{"a": ')

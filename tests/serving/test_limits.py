@@ -1,0 +1,91 @@
+"""What a request may ask for."""
+
+from __future__ import annotations
+
+import json
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from serving import limits
+from serving.errors import ApiError
+from serving.spec import LimitsSpec
+
+SPEC = LimitsSpec(max_prompt_chars=1000, max_tokens=100, max_n=2, max_schema_bytes=2000, max_regex_chars=50)
+DEEP: Any = reduce(lambda inside, _: {"type": "array", "items": inside}, range(40), {"type": "string"})
+
+
+def schema(value: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"max_tokens": 101}, ["max_tokens must be at most 100", "got 101"]),
+        ({"max_completion_tokens": 10**9}, ["max_completion_tokens"]),
+        ({"n": 3}, ["n must be at most 2"]),
+        ({"prompt": ["a", "b", "c"]}, ["at most 2 prompts"]),
+        ({"prompt": "x" * 1001}, ["prompt must be at most 1000 characters"]),
+        ({"prompt": [7] * 1001}, ["prompt must be at most 1000"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 999}]}]}, ["messages"]),
+        ({"stop": ["a"] * 9}, ["at most 8 strings"]),
+        ({"stop": "x" * 300}, ["at most 256 characters"]),
+        ({"chat_template": "{{ 1 }}"}, ["chat_template is not taken"]),
+        ({"prompt_embeds": "AAAA"}, ["prompt_embeds"]),
+        ({"logits_processors": ["os.system"]}, ["logits_processors"]),
+        (schema({"enum": ["x" * 100] * 30}), ["response_format must be at most 2000 bytes"]),
+        (schema(DEEP), ["response_format must be at most 32 levels"]),
+        (schema({"type": "string", "pattern": "a" * 51}), ["response_format pattern"]),
+        (schema({"patternProperties": {"b" * 51: {}}}), ["response_format pattern"]),
+        ({"structured_outputs": {"regex": "a" * 51}}, ["structured_outputs.regex must be at most 50"]),
+        ({"structured_outputs": {"grammar": "g" * 3000}}, ["structured_outputs.grammar"]),
+        ({"tools": [{"function": {"parameters": {"x": "y" * 3000}}}]}, ["tools must be at most 2000 bytes"]),
+    ],
+)
+def test_what_goes_beyond_a_limit_is_refused_and_says_which(body: dict, words: list) -> None:
+    with pytest.raises(ApiError) as caught:
+        limits.check(body, SPEC)
+    assert caught.value.status == 400
+    assert all(word in caught.value.message for word in words), caught.value.message
+    assert caught.value.param
+    assert caught.value.body["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"max_tokens": 100, "n": 2, "stop": ["a", "b"], "prompt": [1, 2, 3]},
+        {"max_tokens": "many", "n": None, "stop": {"a": 1}, "messages": 3},
+        schema({"type": "object", "properties": {"a": {"type": "string", "pattern": "a+"}}}),
+        {"chat_template": None, "structured_outputs": "x", "response_format": "json", "tools": None},
+    ],
+)
+def test_the_rest_is_left_to_vllm(body: dict) -> None:
+    limits.check(body, SPEC)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        json.dumps({"schema": reduce(lambda inside, _: [inside], range(150), 1)}).encode(),
+        b'{"max_tokens": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_json_object_is_told_so(raw: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        limits.parse(raw)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    assert len(caught.value.message) < 300
