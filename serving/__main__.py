@@ -160,12 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     command(models)
     made = command(api_keys, "keys")
     actions = made.add_subparsers(dest="action", required=True, metavar="add|list|remove")
-    added = actions.add_parser("add", help="make a key")
+    last = argparse.ArgumentParser(add_help=False)  # --json may stand at the end here too
+    last.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    added = actions.add_parser("add", help="make a key", parents=[last])
     added.add_argument("name", metavar="NAME")
     added.add_argument("--requests-per-minute", type=int, metavar="N")
     added.add_argument("--tokens-per-minute", type=int, metavar="N")
-    actions.add_parser("list", help="names and limits")
-    actions.add_parser("remove", help="forget a key").add_argument("name", metavar="NAME")
+    actions.add_parser("list", help="names and limits", parents=[last])
+    actions.add_parser("remove", help="forget a key", parents=[last]).add_argument("name", metavar="NAME")
     command(stop)
     return parser
 

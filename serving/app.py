@@ -58,7 +58,7 @@ def build(args: AppArgs) -> Application:
     engines = [_engine(version, specs[name], args.surge) for name, version in versions.items()]
     ways = [_pinned(_conductor(front), ingress.fingerprint(**front)), *engines]
     options = _ingress_options(list(specs.values()), args.warm or list(versions), args.node)
-    deployed: Any = serve.deployment(ingress.ingress_class(spec.ingress.cors_origins), name="ingress", **options)
+    deployed: Any = serve.deployment(ingress.ingress_class(first.model, spec.ingress), name="ingress", **options)
     # The ways stand in the ingress's arguments only to belong to the application: it finds them by their names.
     return _pinned(deployed.bind(**front, deployed=ways), ingress.fingerprint(**front))
 

@@ -8,7 +8,7 @@ import ipaddress
 import json
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,7 +28,7 @@ from serving.errors import ApiError
 from serving.keys import ApiKey
 from serving.listener import Listener
 from serving.quota import Quota
-from serving.spec import with_changes
+from serving.spec import IngressSpec, with_changes
 from serving.traffic import NoSuchVersion, Routes
 from serving.upstream import Replies
 
@@ -142,10 +142,12 @@ class Ingress:
             raise ApiError(400, "feedback takes an answer's id and a score from 0 to 1", "invalid_feedback")
         if not 0 <= score <= 1:
             raise ApiError(400, f"score must be from 0 to 1, but got {score}", "invalid_feedback", "score")
-        await self._tell()  # the answer may be among what was not reported yet
-        if not await self._conductor.feedback.remote(identity, float(score)):
-            raise ApiError(404, f"no answer {identity!r} is remembered", "unknown_answer", "id")
-        return JSONResponse({"id": identity, "score": score})
+        await self._tell()
+        for wait_s in (0, _REPORT_S):  # another replica may have given the answer; it has told of it by then
+            await asyncio.sleep(wait_s)
+            if await self._conductor.feedback.remote(identity, float(score)):
+                return JSONResponse({"id": identity, "score": score})
+        raise ApiError(404, f"no answer {identity!r} is remembered", "unknown_answer", "id")
 
     async def health(self) -> Response:
         return JSONResponse({"status": "ok"})
@@ -272,23 +274,23 @@ def _from_here(request: Request) -> bool:
         return False
 
 
-_ROUTES: dict[str, Callable[[FastAPI], Callable]] = {
-    "chat": lambda app: app.post(_CHAT, openapi_extra=openapi.takes("messages")),
-    "completions": lambda app: app.post(_COMPLETIONS, openapi_extra=openapi.takes("prompt")),
-    "tokenize": lambda app: app.post("/tokenize", openapi_extra=openapi.takes()),
-    "detokenize": lambda app: app.post("/detokenize", openapi_extra=openapi.takes("tokens")),
-    "models": lambda app: app.get("/v1/models"),
-    "model": lambda app: app.get("/v1/models/{model:path}"),
-    "feedback": lambda app: app.post("/v1/feedback", openapi_extra=openapi.takes_feedback()),
-    "health": lambda app: app.get("/health"),
+_ROUTES = {
+    "chat": ("POST", _CHAT),
+    "completions": ("POST", _COMPLETIONS),
+    "tokenize": ("POST", "/tokenize"),
+    "detokenize": ("POST", "/detokenize"),
+    "models": ("GET", "/v1/models"),
+    "model": ("GET", "/v1/models/{model:path}"),
+    "feedback": ("POST", "/v1/feedback"),
+    "health": ("GET", "/health"),
 }
 
 
-def ingress_class(origins: tuple[str, ...]) -> type:
+def ingress_class(model: str, spec: IngressSpec) -> type:
     """The class that Serve deploys: ``Ingress`` behind a FastAPI application, with errors in OpenAI's shape."""
     app = FastAPI(title="Winnow", docs_url=None, redoc_url=None)
-    if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    if origins := list(spec.cors_origins):
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
     def tell(error: ApiError) -> Response:
         return JSONResponse(error.body, error.status, headers=error.headers)
@@ -304,7 +306,11 @@ def ingress_class(origins: tuple[str, ...]) -> type:
     app.add_exception_handler(
         Exception, lambda _, __: tell(ApiError(500, "the ingress failed; its log says why", "internal_error"))
     )
-    routed = {name: route(app)(getattr(Ingress, name)) for name, route in _ROUTES.items()}
+    bodies = openapi.bodies(model, spec.limits)
+    routed = {
+        name: app.api_route(path, methods=[verb], openapi_extra=bodies.get(name))(getattr(Ingress, name))
+        for name, (verb, path) in _ROUTES.items()
+    }
     return serve.ingress(app)(type("Ingress", (Ingress,), routed))
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,25 @@ def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return path
 
     return to_file
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The quickstart with ``--keep``: its home, its words, its endpoint until a test of ``test_rollout`` stops it."""
+    from ray._common.network_utils import find_free_port
+
+    home, port = tmp_path_factory.mktemp("quickstart"), find_free_port()
+    environment = os.environ | {
+        "WINNOW_HOME": str(home),
+        "WINNOW_PORT": str(port),
+        "WINNOW_VENV": str(Path(sys.executable).parent.parent),
+    }
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "--keep"], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    (home / "quickstart.log").write_text(done.stderr + done.stdout)
+    yield {"home": home, "done": done, "url": f"http://127.0.0.1:{port}/v1", "env": environment}
+    winnow("serving", "stop", env=environment)
 
 
 def winnow(package: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

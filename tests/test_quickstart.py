@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,6 @@ from optuna.trial import TrialState
 from test_runs import trials
 
 TICKET = "Ticket: Hello, My card shows two payments for one Pixel Printer. This is urgent. Thanks, Ada"
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The quickstart with ``--keep``: its home, its words, its endpoint while the tests run."""
-    from ray._common.network_utils import find_free_port
-
-    home, port = tmp_path_factory.mktemp("quickstart"), find_free_port()
-    environment = os.environ | {
-        "WINNOW_HOME": str(home),
-        "WINNOW_PORT": str(port),
-        "WINNOW_VENV": str(Path(sys.executable).parent.parent),
-    }
-    done = subprocess.run(
-        ["bash", "scripts/quickstart.sh", "--keep"], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-    (home / "quickstart.log").write_text(done.stderr + done.stdout)
-    yield {"home": home, "done": done, "url": f"http://127.0.0.1:{port}/v1", "env": environment}
-    stopped = winnow("serving", "stop", "--json", env=environment)
-    assert json.loads(stopped.stdout) == {"stopped": ["tickets"]}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +111,8 @@ def test_status_shows_what_runs(quickstart, result) -> None:
     done = winnow("serving", "status", "--json", env=quickstart["env"])
     (app,) = json.loads(done.stdout.splitlines()[-1])["applications"].values()
     assert app["version"] == result["model"]["version"]
-    assert app["replicas"]["WarmServer:tickets"] == {"RUNNING": 1}
+    assert app["replicas"][app["version"]] == {"RUNNING": 1}
+    assert app["url"] == quickstart["url"]
 
 
 def test_serve_run_builds_the_application_with_limits_on_server_and_ingress(quickstart, result) -> None:
@@ -140,7 +120,7 @@ def test_serve_run_builds_the_application_with_limits_on_server_and_ingress(quic
         "import json; from serving.app import build;"
         "from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_serve_run;"
         "ingress = as_serve_run(build, {'model': 'tickets'})._bound_deployment;"
-        "server = ingress.init_kwargs['llm_deployments']['tickets']._bound_deployment;"
+        "server = ingress.init_kwargs['deployed'][1]._bound_deployment;"
         "limits = (ingress.max_ongoing_requests, ingress.max_queued_requests, server.max_ongoing_requests);"
         "print(json.dumps(limits))"
     )

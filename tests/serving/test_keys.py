@@ -15,7 +15,7 @@ from serving.quota import Quota
 
 
 def test_a_key_is_shown_once_and_only_its_hash_is_kept(home: Path, capsys) -> None:
-    assert main(["keys", "--json", "add", "ada", "--requests-per-minute", "5"]) == 0
+    assert main(["keys", "add", "ada", "--requests-per-minute", "5", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)["key"]
     file = paths.api_keys_file()
     assert plain not in file.read_text()

@@ -1,0 +1,365 @@
+"""Two versions of a model behind one endpoint: canary, promotion, rollback, keys, hostile clients, engines that die.
+
+On the endpoint that the quickstart left up: these tests come right after its own, and the last one stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import fake_judge
+import openai
+import psutil
+import pytest
+from conftest import winnow
+
+from serving import registry
+from serving.traffic import Routes
+
+ASKED = [{"role": "user", "content": "Repeat: lemon"}]
+LONG = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def versions(quickstart) -> tuple[str, str]:
+    """Production, and another version that answers as it does: the same weights beside one more file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        first = registry.find("tickets")
+        with registry.staging("tickets") as staged:
+            for file in first.path.iterdir():
+                if file.name != "record.json":
+                    shutil.copyfile(file, staged / file.name)
+            (staged / "NOTES.txt").write_text("trained anew")
+            second = registry.register("tickets", staged, first.record)
+    return first.version, second.version
+
+
+@pytest.fixture(scope="module")
+def client(quickstart) -> openai.OpenAI:
+    return openai.OpenAI(base_url=quickstart["url"], api_key="unused", max_retries=0, timeout=120)
+
+
+def serving(quickstart, *arguments: str) -> dict[str, Any]:
+    done = winnow("serving", *arguments, "--json", env=quickstart["env"])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ask(client: openai.OpenAI, user: str = "", model: str = "tickets", **more: Any) -> Any:
+    wanted = {"max_tokens": 4, "temperature": 0} | more | ({"user": user} if user else {})
+    return client.chat.completions.with_raw_response.create(model=model, messages=ASKED, **wanted)
+
+
+def version_of(reply: Any) -> str:
+    return reply.headers["x-winnow-version"]
+
+
+@contextmanager
+def load(client: openai.OpenAI, clients: int = 4, pause_s: float = 0, **more: Any) -> Iterator[dict[str, list]]:
+    """So many clients that ask again and again; half of them stream."""
+    seen: dict[str, list] = {"versions": [], "errors": []}
+    over = Event()
+
+    def go(streams: bool) -> None:
+        while not over.is_set():
+            try:
+                if streams:
+                    pieces = list(client.chat.completions.create(model="tickets", messages=ASKED, stream=True, **more))
+                    assert pieces[-1].choices[0].finish_reason
+                else:
+                    seen["versions"].append((time.monotonic(), version_of(ask(client, **more))))
+            except openai.APIError as error:
+                seen["errors"].append((time.monotonic(), error))
+                time.sleep(0.2)
+            time.sleep(pause_s)
+
+    threads = [Thread(target=go, args=(number % 2 == 1,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def post(url: str, body: Any, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, raw, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply), dict(reply.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error), dict(error.headers)
+
+
+def test_a_canary_comes_up_beside_production_and_takes_its_share(quickstart, versions, client) -> None:
+    with load(client, 2, pause_s=0.2) as seen:
+        made = serving(quickstart, "canary", "tickets", versions[1], "--weight", "40")
+    assert seen["errors"] == []
+    assert (made["version"], made["weight"], made["automatic"]) == (versions[1], 40, False)
+    time.sleep(0.5)
+    users = [f"user-{number}" for number in range(60)]
+    routes = Routes(versions, versions[0], {"production": versions[0], "canary": versions[1]}, 40)
+    expected = {user: routes.choose("", user)[0] for user in users}
+    for _ in range(2):
+        assert {user: version_of(ask(client, user)) for user in users} == expected
+    assert set(expected.values()) == set(versions)
+    assert version_of(ask(client, model=f"tickets@{versions[1]}")) == versions[1]
+    assert version_of(ask(client, model="tickets@production")) == versions[0]
+    with pytest.raises(openai.NotFoundError, match="is not deployed"):
+        ask(client, model="tickets@v0")
+
+
+def test_what_each_variant_did_is_counted(quickstart, versions, client) -> None:
+    time.sleep(1.5)  # ingress replicas report every second
+    app = serving(quickstart, "status")["applications"]["tickets"]
+    assert app["canary"]["weight"] == 40
+    assert app["aliases"] == {"production": versions[0], "canary": versions[1]}
+    counted = app["variants"]
+    assert counted[f"{versions[1]} canary"]["requests"] >= 20
+    assert counted[f"{versions[1]} canary"]["errors"] == 0
+    assert counted[f"{versions[0]} production"]["completion_tokens"] > 60
+    assert counted[f"{versions[1]} direct"]["requests"] == 1
+    assert 0 < counted[f"{versions[0]} production"]["first_token_p50_s"] < 10
+
+
+def test_promote_and_rollback_take_effect_within_a_second_and_lose_nothing(quickstart, versions, client) -> None:
+    with load(client) as seen:
+        for command, version in (
+            (("promote", "tickets", versions[1]), versions[1]),
+            (("rollback", "tickets"), versions[0]),
+        ):
+            assert serving(quickstart, *command)["version"] == version
+            told = time.monotonic()
+            time.sleep(3)
+            late = {one for at, one in seen["versions"] if at > told + 1}
+            assert late == {version}
+    assert seen["errors"] == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        assert registry.aliases("tickets") == {"production": versions[0], "previous": versions[1]}
+
+
+def test_bad_feedback_rolls_an_automatic_canary_back(quickstart, versions, client) -> None:
+    serving(quickstart, "canary", "tickets", versions[1], "--auto")
+    time.sleep(0.5)
+    routes = Routes(versions, versions[0], {"production": versions[0], "canary": versions[1]}, 5)
+    users: dict[str, list[str]] = {"production": [], "canary": []}
+    for number in range(2000):
+        users[routes.choose("", f"user-{number}")[1]].append(f"user-{number}")
+    url = f"{quickstart['url']}/feedback"
+    scores = {}
+    for variant, score in (("production", 1), ("canary", 0.2)):
+        for user in users[variant][:21]:
+            reply = ask(client, user)
+            assert reply.headers["x-winnow-variant"] == variant
+            scores[reply.parse().id] = score
+    for identity, score in scores.items():
+        assert post(url, {"id": identity, "score": score})[0] == 200
+    time.sleep(2.5)  # the conductor looks every second
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        assert registry.canary("tickets") is None
+        assert registry.aliases("tickets")["production"] == versions[0]
+        last = registry.history("tickets")[-1]
+    assert last["reason"].startswith("roll back: mean feedback 0.2")
+    assert {version_of(ask(client, user)) for user in users["canary"][:5]} == {versions[0]}
+    assert post(url, {"id": "chatcmpl-unknown", "score": 1})[0] == 404
+    assert post(url, {"id": "x", "score": 7})[0] == 400
+    serving(quickstart, "deploy", "tickets")  # production alone is left
+    with pytest.raises(openai.NotFoundError):
+        ask(client, model=f"tickets@{versions[1]}")
+
+
+BODY = {"model": "tickets", "messages": ASKED, "max_tokens": 4}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["yes", "no"]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def formed(schema: Any) -> dict[str, Any]:
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        "max_tokens": 48,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b"{"),
+        (400, b"[" * 100_000),
+        (400, b'{"model": "tickets", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+        (413, b"x" * 2_000_000),
+        (404, BODY | {"model": "unknown"}),
+        (404, {"messages": ASKED}),
+        (400, BODY | {"max_tokens": 10**9}),
+        (400, BODY | {"max_tokens": -1}),
+        (400, BODY | {"temperature": "hot"}),
+        (400, BODY | {"n": 1000}),
+        (400, BODY | {"chat_template": "{{ 1 }}"}),
+        (400, BODY | {"messages": []}),
+        (400, BODY | {"messages": [{"role": "user", "content": "lemon " * 5000}]}),
+        (400, BODY | {"logit_bias": {"99999999": 1}}),
+        (400, BODY | {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (400, BODY | formed({"type": "nonsense"})),
+        (400, BODY | {"structured_outputs": {"regex": "(("}}),
+    ],
+)
+def test_a_hostile_request_gets_a_clean_error(quickstart, status: int, body: Any) -> None:
+    found, answer, _ = post(f"{quickstart['url']}/chat/completions", body)
+    assert found == status, answer
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_structured_output_works_also_after_a_malformed_schema(quickstart) -> None:
+    url = f"{quickstart['url']}/chat/completions"
+    for _ in range(2):
+        status, answer, _ = post(url, BODY | formed(SCHEMA))
+        assert status == 200, answer
+        assert json.loads(answer["choices"][0]["message"]["content"])["a"] in ("yes", "no")
+        assert post(url, BODY | formed({"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}))[0] == 400
+
+
+def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
+    root = quickstart["url"].removesuffix("/v1")
+    headers = {"Origin": "https://evil.example"}
+    _, _, told = post(f"{root}/v1/chat/completions", BODY, **headers)
+    assert not any(name.lower().startswith("access-control") for name in told)
+    for path in ("/metrics", "/v1/embeddings", "/docs", "/load_lora_adapter"):
+        assert post(root + path, BODY)[0] == 404
+
+
+def test_no_request_that_the_openapi_document_allows_or_forbids_breaks_the_server(quickstart) -> None:
+    root = quickstart["url"].removesuffix("/v1")
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{root}/openapi.json", "--seed", "1"]
+    done = subprocess.run(
+        [*command, "--checks", "not_a_server_error", "--max-examples", "10", "--no-color"],
+        capture_output=True,
+        text=True,
+        cwd=quickstart["home"],
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Tested: 8" in done.stdout
+
+
+def test_clients_that_go_away_free_their_places(quickstart, client) -> None:
+    host, port = quickstart["url"].removeprefix("http://").removesuffix("/v1").split(":")
+
+    def leave(streams: bool) -> None:
+        body = json.dumps(BODY | {"max_tokens": 400, "ignore_eos": True, "stream": streams}).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(leave, [True, False] * 64))
+    started = time.monotonic()
+    ask(client)
+    assert time.monotonic() - started < 5, "128 answers of 400 tokens would have taken a minute"
+
+
+def test_keys_open_what_they_may_and_no_more(quickstart, client) -> None:
+    root, lemon = quickstart["url"].removesuffix("/v1"), {"model": "tickets", "prompt": "lemon"}
+    ada = serving(quickstart, "keys", "add", "ada")["key"]
+    eve = serving(quickstart, "keys", "add", "eve", "--requests-per-minute", "12")["key"]
+    try:
+        time.sleep(0.5)
+        with pytest.raises(openai.AuthenticationError):
+            ask(client)
+        for path in ("/tokenize", "/detokenize", "/v1/completions", "/v1/feedback"):
+            status, answer, headers = post(root + path, lemon, Authorization="Bearer no")
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            assert headers["www-authenticate"] == "Bearer"
+        assert ask(client.with_options(api_key=ada)).status_code == 200
+        assert post(f"{root}/tokenize", lemon, Authorization=f"Bearer {ada}")[0] == 200
+        limited = client.with_options(api_key=eve)
+        for _ in range(12):
+            ask(limited)
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(limited)
+        assert 1 <= int(caught.value.response.headers["retry-after"]) <= 5
+        assert "eve" in str(caught.value)
+        started = time.monotonic()
+        assert ask(limited.with_options(max_retries=4)).status_code == 200, "the official client waits as it is told"
+        assert time.monotonic() - started > 1
+    finally:
+        for name in ("ada", "eve"):
+            winnow("serving", "keys", "remove", name, env=quickstart["env"])
+    time.sleep(0.5)
+    assert ask(client).status_code == 200
+
+
+def test_only_what_is_in_flight_fails_when_an_engine_dies_and_the_next_one_answers(quickstart, client) -> None:
+    with load(client, 6, **LONG) as seen:
+        time.sleep(2)
+        before = len(seen["versions"])
+        _one_of(quickstart, "VLLM::EngineCore").kill()
+        killed = time.monotonic()
+        while len(seen["versions"]) < before + 8 and time.monotonic() < killed + 120:
+            time.sleep(0.2)
+    assert len(seen["versions"]) >= before + 8, "the service is back"
+    assert 0 < len(seen["errors"]) <= 6, seen["errors"]
+    assert all(at < killed + 2 for at, _ in seen["errors"]), "whoever came later waited"
+    assert not any(isinstance(error, openai.APIConnectionError) for _, error in seen["errors"])
+
+
+def test_an_ingress_that_dies_takes_only_its_own_connections_with_it(quickstart, client) -> None:
+    with load(client, 6) as seen:
+        time.sleep(1)
+        _one_of(quickstart, "ServeReplica:tickets:ingress").kill()
+        killed = time.monotonic()
+        time.sleep(4)
+    assert len(seen["errors"]) <= 6, seen["errors"]
+    assert all(at < killed + 1 for at, _ in seen["errors"])
+    assert max(at for at, _ in seen["versions"]) > killed + 3
+
+
+def _one_of(quickstart, name: str) -> psutil.Process:
+    """A process of this endpoint's cluster, and of no other."""
+    head = json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"]
+    found = [one for one in psutil.Process(head).children(recursive=True) if name in " ".join(one.cmdline())]
+    assert found, name
+    return found[0]
+
+
+def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, client, tmp_path: Path) -> None:
+    with fake_judge.serve() as other:
+        settings = {"fallback": {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}}
+        (tmp_path / "settings.yaml").write_text(json.dumps(settings))
+        engines = _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid
+        serving(quickstart, "deploy", "tickets", "--settings", str(tmp_path / "settings.yaml"))
+        reply = ask(client)
+        assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
+        assert reply.parse().choices[0].message.content == "ok"
+        assert other.requests[-1]["model"] == "elsewhere"
+        assert _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid == engines, "no engine was started anew"
+
+
+def test_stop_ends_all_of_it(quickstart) -> None:
+    head = psutil.Process(json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"])
+    family = [head, *head.children(recursive=True)]
+    assert serving(quickstart, "stop") == {"stopped": ["tickets"]}
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert winnow("serving", "status", env=quickstart["env"]).stderr.strip() == "nothing is deployed"
