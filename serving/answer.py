@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serving import events, registry
+from serving import events, place
 from serving.counts import Counts
 from serving.errors import ApiError
 from serving.quota import Quota
@@ -81,7 +81,7 @@ class Answer:
         """Whoever answers: the version that was chosen, or where that cannot, the fallback."""
         fallback, target = self._spec.fallback, self._target
         wait_s = self._left_s if fallback is None else min(self._left_s, fallback.after_s)
-        own = replies.from_version(target.model, target.version, "POST", path, self._payload(target.model), wait_s)
+        own = replies.from_version(target.model, target.version, path, self._payload(target.model), wait_s)
         try:
             return await stack.enter_async_context(own)
         except (Overloaded, TimeoutError) as error:
@@ -97,8 +97,8 @@ class Answer:
                 key = os.environ.get(fallback.api_key_env) if fallback.api_key_env else None
                 other = replies.from_endpoint(fallback.base_url, path, self._payload(name), key, self._left_s)
             else:
-                version = registry.find(name).version
-                other = replies.from_version(name, version, "POST", path, self._payload(name), self._left_s)
+                version = _production(name)
+                other = replies.from_version(name, version, path, self._payload(name), self._left_s)
             return await stack.enter_async_context(other)
         except ApiError as error:
             raise self.failed(error) from None
@@ -129,9 +129,9 @@ class Answer:
         try:
             async with asyncio.timeout(self._left_s):
                 raw = await reply.read()
-        except aiohttp.ClientError:
-            raise self.failed(_broken()) from None
-        answer = json.loads(raw)
+            answer = json.loads(raw)
+        except (aiohttp.ClientError, ValueError):
+            raise self.failed(went_away()) from None
         texts = events.texts(answer)
         counts = self._answered(answer.get("usage") or {}, bad=not all(texts) or self._bad_json(texts))
         self._note(answer.get("id"), counts)
@@ -151,11 +151,11 @@ class Answer:
                             yield out
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
-                yield (ApiError(408, "the answer took too long", "timeout") if late else _broken()).event
+                yield (too_late() if late else went_away()).event
                 stream.failed = True
             else:
                 if not stream.done:
-                    yield _broken().event
+                    yield went_away().event
                     stream.failed = True
             finally:
                 self._end_of_stream(stream, first_s)
@@ -187,7 +187,7 @@ class Answer:
     def failed(self, error: ApiError | None) -> ApiError:
         """Count a failure of the server, and give it back to be raised."""
         self._note(None, Counts(requests=1, errors=1))
-        return error or _broken()
+        return error or went_away()
 
     def _note(self, identity: str | None, counts: Counts) -> None:
         if self._quota:
@@ -195,5 +195,19 @@ class Answer:
         self._count(self._target, identity, counts)
 
 
-def _broken() -> ApiError:
+def _production(model: str) -> str:
+    """
+    Raises:
+        Overloaded: it is not deployed.
+    """
+    if (now := place.deployed().get(model)) is None:
+        raise Overloaded(f"the fallback {model} is not deployed")
+    return place.production(model, now)
+
+
+def too_late() -> ApiError:
+    return ApiError(408, "the answer took too long", "timeout")
+
+
+def went_away() -> ApiError:
     return ApiError(503, "the model went away while it answered; try again", "upstream_lost", retry_after_s=1)

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.llm import build_llm_deployment
 
-from serving import conductor, engine, ingress, place, registry
+from serving import conductor, engine, front, place, registry
 from serving.spec import ServingSpec, with_changes
 
 
@@ -49,18 +49,18 @@ def build(args: AppArgs) -> Application:
     versions = {name: registry.find(f"{first.model}@{name}") for name in dict.fromkeys([first.version, *args.beside])}
     specs = {name: with_changes(version.record["serving"], args.serving) for name, version in versions.items()}
     spec = specs[first.version]
-    front = {
+    shared = {
         "model": first.model,
         "settings": json.loads(spec.model_dump_json(include={"ingress", "canary", "fallback"})),
         "listens": args.listens,
         "loopback": place.is_loopback(args.listens[0] if args.listens else _host()),
     }
     engines = [_engine(version, specs[name], args.surge) for name, version in versions.items()]
-    ways = [_pinned(_conductor(front), ingress.fingerprint(**front)), *engines]
+    ways = [_pinned(_conductor(shared), front.fingerprint(**shared)), *engines]
     options = _ingress_options(list(specs.values()), args.warm or list(versions), args.node)
-    deployed: Any = serve.deployment(ingress.ingress_class(first.model, spec.ingress), name="ingress", **options)
+    deployed: Any = serve.deployment(front.deployable(first.model, spec.ingress), name="ingress", **options)
     # The ways stand in the ingress's arguments only to belong to the application: it finds them by their names.
-    return _pinned(deployed.bind(**front, deployed=ways), ingress.fingerprint(**front))
+    return _pinned(deployed.bind(**shared, deployed=ways), front.fingerprint(**shared))
 
 
 def _host() -> str:
@@ -81,7 +81,7 @@ def _engine(version: registry.ModelVersion, spec: ServingSpec, surge: bool) -> A
     return _pinned(built, engine.fingerprint(version, spec))
 
 
-def _conductor(front: dict[str, Any]) -> Application:
+def _conductor(shared: dict[str, Any]) -> Application:
     deployed: Any = serve.deployment(
         conductor.Conductor,
         name=conductor.NAME,
@@ -89,7 +89,7 @@ def _conductor(front: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )
-    return deployed.bind(front["model"], front["settings"])
+    return deployed.bind(shared["model"], shared["settings"])
 
 
 def _ingress_options(specs: list[ServingSpec], warm: list[str], node: str | None) -> dict[str, Any]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import ipaddress
 import json
+import logging
 import os
 import time
 from collections.abc import Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
+import aiohttp
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from ray import serve
-from starlette.exceptions import HTTPException
 
-from cluster import paths
-from serving import keys, limits, openapi, registry
-from serving.answer import Answer, Target
+from serving import keys, limits, place, registry
+from serving.answer import Answer, Target, too_late, went_away
 from serving.conductor import NAME as CONDUCTOR
 from serving.conductor import Delta
 from serving.counts import Counts
@@ -28,13 +24,14 @@ from serving.errors import ApiError
 from serving.keys import ApiKey
 from serving.listener import Listener
 from serving.quota import Quota
-from serving.spec import IngressSpec, with_changes
+from serving.spec import with_changes
 from serving.traffic import NoSuchVersion, Routes
 from serving.upstream import Replies
 
 SESSION_HEADER = "x-session-id"
 _POLL_S, _REPORT_S = 0.2, 1.0
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_log = logging.getLogger("ray.serve")
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 class Ingress:
@@ -58,12 +55,14 @@ class Ingress:
         self._quotas: dict[str, Quota] = {}
         self._replies, self._delta, self._name = Replies(), Delta(), os.urandom(8).hex()
         self._conductor = serve.get_deployment_handle(CONDUCTOR, model)
-        self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
+        self._background = [asyncio.create_task(self._report())]
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serve calls this with the versions that are warm, the newest deployed one first."""
         self._warm = tuple(config["warm"])
         self._read()
+        if len(self._background) == 1:
+            self._background.append(asyncio.create_task(self._watch()))
         if self._listens and self._listener is None:  # not in __init__: there is no application then
             self._listener = Listener(self.app, *self._listens)  # type: ignore[attr-defined]  # Serve's wrapper has it
 
@@ -80,8 +79,10 @@ class Ingress:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_POLL_S)
-            if self._warm:
+            try:
                 await asyncio.to_thread(self._read)
+            except (OSError, ValueError) as error:  # shared storage that is away for a moment; what was read last holds
+                _log.warning("aliases or keys cannot be read: %s", error)
 
     async def _report(self) -> None:
         while True:
@@ -107,11 +108,11 @@ class Ingress:
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat completions, streamed or whole, as vLLM takes them."""
-        return await self._generate(request, _CHAT)
+        return await self._generate(request, CHAT)
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's text completions."""
-        return await self._generate(request, _COMPLETIONS)
+        return await self._generate(request, COMPLETIONS)
 
     async def tokenize(self, request: Request) -> Response:
         """A text's or a conversation's tokens."""
@@ -220,11 +221,14 @@ class Ingress:
         """A request that generates nothing: passed on, and not counted."""
         self._admit(request)
         body, target = await self._asked(request)
-        payload = json.dumps(body | {"model": target.model}).encode()
-        async with self._replies.from_version(
-            target.model, target.version, "POST", path, payload, self._spec.ingress.limits.timeout_s
-        ) as reply:
-            return Response(await reply.read(), reply.status, media_type="application/json")
+        payload, wait_s = json.dumps(body | {"model": target.model}).encode(), self._spec.ingress.limits.timeout_s
+        try:
+            async with self._replies.from_version(target.model, target.version, path, payload, wait_s) as reply:
+                return Response(await reply.read(), reply.status, media_type="application/json")
+        except TimeoutError:
+            raise too_late() from None
+        except aiohttp.ClientError:
+            raise went_away() from None
 
     async def _generate(self, request: Request, path: str) -> Response:
         _, quota = self._admit(request)
@@ -233,7 +237,7 @@ class Ingress:
         try:
             return await _unless_gone(request, answer.begin(self._replies, path))
         except TimeoutError:
-            raise answer.failed(ApiError(408, "the answer took too long", "timeout")) from None
+            raise answer.failed(too_late()) from None
 
     def _count(self, target: Target, identity: str | None, counts: Counts) -> None:
         self._delta.add(target.version, target.variant, identity, counts)
@@ -265,58 +269,7 @@ def _key(request: Request, body: dict[str, Any]) -> str:
 
 
 def _from_here(request: Request) -> bool:
-    """Serve's own proxy names no client, one that speaks HTTP to this replica does."""
-    try:
-        return (
-            request.client is None or not request.client.host or ipaddress.ip_address(request.client.host).is_loopback
-        )
-    except ValueError:
-        return False
-
-
-_ROUTES = {
-    "chat": ("POST", _CHAT),
-    "completions": ("POST", _COMPLETIONS),
-    "tokenize": ("POST", "/tokenize"),
-    "detokenize": ("POST", "/detokenize"),
-    "models": ("GET", "/v1/models"),
-    "model": ("GET", "/v1/models/{model:path}"),
-    "feedback": ("POST", "/v1/feedback"),
-    "health": ("GET", "/health"),
-}
-
-
-def ingress_class(model: str, spec: IngressSpec) -> type:
-    """The class that Serve deploys: ``Ingress`` behind a FastAPI application, with errors in OpenAI's shape."""
-    app = FastAPI(title="Winnow", docs_url=None, redoc_url=None)
-    if origins := list(spec.cors_origins):
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-
-    def tell(error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, headers=error.headers)
-
-    app.add_exception_handler(ApiError, lambda _, error: tell(error))  # type: ignore[arg-type]
-    app.add_exception_handler(
-        HTTPException,
-        lambda _, error: tell(ApiError(error.status_code, error.detail, error.detail.lower().replace(" ", "_"))),  # type: ignore[attr-defined]
-    )
-    app.add_exception_handler(
-        RequestValidationError, lambda _, error: tell(ApiError(400, str(error), "invalid_request"))
-    )
-    app.add_exception_handler(
-        Exception, lambda _, __: tell(ApiError(500, "the ingress failed; its log says why", "internal_error"))
-    )
-    bodies = openapi.bodies(model, spec.limits)
-    routed = {
-        name: app.api_route(path, methods=[verb], openapi_extra=bodies.get(name))(getattr(Ingress, name))
-        for name, (verb, path) in _ROUTES.items()
-    }
-    return serve.ingress(app)(type("Ingress", (Ingress,), routed))
-
-
-def fingerprint(model: str, settings: dict[str, Any], listens: tuple[str, int] | None, loopback: bool) -> str:
-    """Of all that a replica of the ingress has to be started anew for: its settings, and the code of this package."""
-    digest = hashlib.sha256(json.dumps([model, settings, listens, loopback], sort_keys=True).encode())
-    for file in sorted(paths.package("serving").glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    """From this machine, and by a loopback name: a page in a browser here that has its own name point to us is not.
+    Serve's own proxy names no client, one that speaks HTTP to this replica does."""
+    client = request.client.host if request.client else ""
+    return (not client or place.is_loopback(client)) and place.is_loopback(request.url.hostname or "")

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster import files, paths, session
+from serving import registry
+from serving.traffic import Routes
 
 HOST, PORT = "127.0.0.1", 8000
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -100,11 +102,13 @@ def of(model: str, host: str | None, port: int | None) -> Deployed:
                 )
         return now
     host, port = host or HOST, PORT if port is None else port
+    if not 0 < port < 65536:
+        raise ValueError(f"--port: must be from 1 to 65535, but got {port}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ValueError(
                 f"--port: must be a free port of {host}, but {port} is not: {error}; name another one"
             ) from None
@@ -122,6 +126,11 @@ def deployed() -> dict[str, Deployed]:
     """By model."""
     apps = _read().get("apps", {})
     return {model: Deployed(**app | {"versions": tuple(app["versions"])}) for model, app in apps.items()}
+
+
+def production(model: str, now: Deployed) -> str:
+    """The version that ``model: NAME`` reaches, of those that are deployed."""
+    return Routes(now.versions, now.versions[0], registry.aliases(model)).production
 
 
 def remember(model: str, now: Deployed) -> None:

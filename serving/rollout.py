@@ -15,7 +15,6 @@ from cluster import session
 from serving import keys, place, registry
 from serving.place import Deployed, Log
 from serving.spec import with_changes
-from serving.traffic import Routes
 from serving.warming import OTHERWISE, bring
 
 
@@ -35,15 +34,19 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
         RuntimeError: the application did not come up, or does not answer.
     """
     version = registry.find(reference)
-    with_changes(version.record["serving"], changes)
+    spec = with_changes(version.record["serving"], changes)
+    if spec.fallback and spec.fallback.model:
+        registry.find(spec.fallback.model)
     now = replace(place.of(version.model, host, port), settings=changes)
     _check_open(now.host)
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
     with place.cluster(log, start=True):
+        import ray
         from ray import serve
 
         started = time.monotonic()
-        _check_fits(version, changes)
+        mend = f"ask for less in {OTHERWISE}"
+        session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         serve.start(proxy_location="Disabled")  # of a cluster of ours: the ingress listens itself
         bring(version.model, now, (version.version,), log)
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
@@ -60,7 +63,7 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
     if weight is not None and not 0 < weight <= 100:
         raise ValueError(f"--weight must be above 0 and at most 100 percent, but got {weight:g}")
     found, now = registry.find(f"{model}@{version}"), _deployed(model)
-    production = _production(model, now)
+    production = place.production(model, now)
     if found.version == production:
         raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
     _keep(model, now, (production, found.version), log)
@@ -79,7 +82,7 @@ def promote(model: str, version: str, log: Log) -> dict[str, Any]:
         ValueError: no such version, or the model is not deployed.
     """
     found, now = registry.find(f"{model}@{version}"), _deployed(model)
-    before = _production(model, now)
+    before = place.production(model, now)
     _warm(model, now, found.version, log)
     registry.promote(model, found.version, "promote")
     log(f"promote: {model} is {found.version}; {before} stays warm for a rollback")
@@ -142,14 +145,6 @@ def _check_open(host: str) -> None:
         )
 
 
-def _check_fits(version: registry.ModelVersion, changes: dict[str, Any]) -> None:
-    import ray
-
-    spec = with_changes(version.record["serving"], changes)
-    mend = f"ask for less in {OTHERWISE}"
-    session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
-
-
 def _deployed(model: str) -> Deployed:
     """
     Raises:
@@ -171,10 +166,6 @@ def _keep(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         bring(model, now, versions, log)
 
 
-def _production(model: str, now: Deployed) -> str:
-    return Routes(now.versions, now.versions[0], registry.aliases(model)).production
-
-
 def _status_of(model: str, app: Any, now: Deployed | None) -> dict[str, Any]:
     """One application: Serve's own words, the registry's, and the conductor's."""
     from ray import serve
@@ -191,7 +182,7 @@ def _status_of(model: str, app: Any, now: Deployed | None) -> dict[str, Any]:
         return {"version": None} | found
     found |= {
         "url": now.url,
-        "version": _production(model, now),
+        "version": place.production(model, now),
         "versions": list(now.versions),
         "aliases": registry.aliases(model),
         "canary": registry.canary(model),

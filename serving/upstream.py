@@ -43,7 +43,7 @@ class Replies:
 
     @asynccontextmanager
     async def from_version(
-        self, model: str, version: str, method: str, path: str, payload: bytes | None, wait_s: float
+        self, model: str, version: str, path: str, payload: bytes, wait_s: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request to whichever replica of ``version`` Serve has a place in; leaving the block ends it there too.
 
@@ -59,7 +59,7 @@ class Replies:
             try:
                 async with asyncio.timeout(wait_s):
                     address, token = await _lease(place, f"{model}@{version}")
-                    reply = await self._send(method, address + path, payload, {LEASE_HEADER: token})
+                    reply = await self._send(address + path, payload, {LEASE_HEADER: token})
             except aiohttp.ClientConnectorError:
                 if attempt + 1 == _CONNECTS:
                     raise Overloaded(f"no replica of {model}@{version} can be reached") from None
@@ -81,7 +81,7 @@ class Replies:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             async with asyncio.timeout(wait_s):
-                reply = await self._send("POST", base_url.rstrip("/") + path.removeprefix("/v1"), payload, headers)
+                reply = await self._send(base_url.rstrip("/") + path.removeprefix("/v1"), payload, headers)
         except aiohttp.ClientError as error:
             raise Overloaded(f"the fallback {base_url} cannot be reached") from error
         async with reply:
@@ -97,15 +97,11 @@ class Replies:
             self._handles[model, version] = handle.options(method_name="lease", stream=True)
         return self._handles[model, version]
 
-    async def _send(
-        self, method: str, url: str, payload: bytes | None, headers: dict[str, str]
-    ) -> aiohttp.ClientResponse:
+    async def _send(self, url: str, payload: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
         if self._session is None:  # within the replica's event loop
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
-        return await self._session.request(
-            method, url, data=payload, headers={"Content-Type": "application/json"} | headers
-        )
+        return await self._session.post(url, data=payload, headers={"Content-Type": "application/json"} | headers)
 
 
 async def _lease(place: Any, version: str) -> tuple[str, str]:

@@ -10,21 +10,21 @@ import json
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from cluster import session
 from serving import place, registry
-from serving.place import Deployed
-from serving.spec import with_changes
+from serving.place import Deployed, Log
+from serving.spec import ServingSpec, with_changes
 
 OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
 """Where a user gives other settings."""
 _POLL_S, _TELL_S = 0.2, 15
 _SETTLE_S = 1.0
 """By then every ingress replica goes by what it was told."""
-Log = Callable[[str], None]
 
 
 def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
@@ -39,7 +39,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
     """
     wanted, have = tuple(dict.fromkeys(versions)), now.versions
     new = [version for version in wanted if version not in have]
-    room = _room(model, new or wanted[:1], now)
+    room = _room(model, new + _changed(model, now, set(wanted) & set(have)), now)
     if have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
     with _undone(model, now, log):
@@ -55,15 +55,29 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
     place.remember(model, replace(now, versions=wanted))
 
 
+def _changed(model: str, now: Deployed, versions: Iterable[str]) -> list[str]:
+    """Of the versions that are deployed, those whose replicas the new settings start anew."""
+    from serving import engine
+
+    before = place.deployed()[model].settings if now.versions else {}
+    found = {version: registry.find(f"{model}@{version}") for version in versions}
+    return [
+        name
+        for name, version in found.items()
+        if len({engine.fingerprint(version, _spec(version, settings)) for settings in (before, now.settings)}) > 1
+    ]
+
+
+def _spec(version: registry.ModelVersion, settings: dict[str, Any]) -> ServingSpec:
+    return with_changes(version.record["serving"], settings)
+
+
 def _room(model: str, versions: Sequence[str], now: Deployed) -> bool:
     """Whether the cluster can start a replica of each beside all that runs."""
     import ray
 
     free = ray.available_resources()
-    specs = [
-        with_changes(registry.find(f"{model}@{version}").record["serving"], now.settings).replica_as_ray
-        for version in versions
-    ]
+    specs = [_spec(registry.find(f"{model}@{version}"), now.settings).replica_as_ray for version in versions]
     return all(sum(spec.get(name, 0) for spec in specs) <= free.get(name, 0) for spec in specs for name in spec)
 
 
@@ -155,7 +169,7 @@ async def _ask(model: str, version: str, timeout_s: float = 120) -> None:
     payload = json.dumps(body).encode()
     replies = Replies()
     try:
-        route = replies.from_version(model, version, "POST", "/v1/chat/completions", payload, timeout_s)
+        route = replies.from_version(model, version, "/v1/chat/completions", payload, timeout_s)
         async with route as reply:
             told = await reply.text()
             if reply.status != 200:

@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "sweeps": {"cluster", "trainables", "serving.registry", "serving.spec"},
 }
 TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
-SERVE_MODULES = {f"serving.{name}" for name in ("engine", "app", "ingress", "upstream", "place", "warming", "rollout")}
+SERVE_MODULES = {
+    f"serving.{name}" for name in ("engine", "app", "front", "ingress", "upstream", "place", "warming", "rollout")
+}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},

@@ -245,6 +245,7 @@ def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
     headers = {"Origin": "https://evil.example"}
     _, _, told = post(f"{root}/v1/chat/completions", BODY, **headers)
     assert not any(name.lower().startswith("access-control") for name in told)
+    assert post(f"{root}/v1/chat/completions", BODY, Host="evil.example")[0] == 401, "a name that points here"
     for path in ("/metrics", "/v1/embeddings", "/docs", "/load_lora_adapter"):
         assert post(root + path, BODY)[0] == 404
 
@@ -269,7 +270,7 @@ def test_clients_that_go_away_free_their_places(quickstart, client) -> None:
     def leave(streams: bool) -> None:
         body = json.dumps(BODY | {"max_tokens": 400, "ignore_eos": True, "stream": streams}).encode()
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
             time.sleep(0.2)
 

@@ -54,7 +54,10 @@ def test_a_port_that_is_taken_starts_nothing(version, capsys) -> None:
 
 
 def test_an_address_that_others_reach_needs_a_key(version, capsys) -> None:
-    assert main(["deploy", f"tickets@{version.version}", "--host", "0.0.0.0", "--port", "0"]) == 2
+    from ray._common.network_utils import find_free_port
+
+    port = str(find_free_port())
+    assert main(["deploy", f"tickets@{version.version}", "--host", "0.0.0.0", "--port", port]) == 2
     assert "so a key is needed; make one: python -m serving keys add NAME" in capsys.readouterr().err
     assert not paths.serving_state_file().exists()
 
