@@ -80,6 +80,8 @@ class Head:
     address: str
     pid: int
     started: float
+    metrics_port: int = 0
+    """Where Ray exports metrics, its own and its applications', for Prometheus."""
 
     def is_alive(self) -> bool:
         try:
@@ -135,7 +137,7 @@ def start_head(
     require_token()
     from ray._common.network_utils import find_free_port
 
-    ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port")}
+    ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port", "--metrics-export-port")}
     command = [ray_command(), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += ["--disable-usage-stats", *(f"{name}={port}" for name, port in ports.items())]
     command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", "--dashboard-host=127.0.0.1"]
@@ -152,7 +154,8 @@ def start_head(
             start_new_session=True,
             env=os.environ | own | dict(environment or {}),
         )
-    head = Head(f"127.0.0.1:{ports['--port']}", process.pid, psutil.Process(process.pid).create_time())
+    started, metrics = psutil.Process(process.pid).create_time(), ports["--metrics-export-port"]
+    head = Head(f"127.0.0.1:{ports['--port']}", process.pid, started, metrics)
     deadline = time.monotonic() + timeout_s
     while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:

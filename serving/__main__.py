@@ -68,6 +68,8 @@ def status(_: argparse.Namespace) -> dict[str, Any]:
             say(f"  {who}  {_words(counts)}")
     if not found["applications"]:
         say("nothing is deployed")
+    elif found["metrics"]:
+        say(f"metrics for Prometheus: {found['metrics']}")
     return found
 
 

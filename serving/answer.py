@@ -24,6 +24,10 @@ FALLBACK = "fallback"
 VERSION_HEADER, VARIANT_HEADER, FALLBACK_HEADER = "x-winnow-version", "x-winnow-variant", "x-winnow-fallback"
 
 
+Count = Callable[["Target", str | None, Counts, float | None, float], None]
+"""Takes whose answer it was, its id, what it counts for, and the seconds to its first event and to its end."""
+
+
 class Target(NamedTuple):
     """Who answers one request, and what the client and the counts call it."""
 
@@ -41,7 +45,7 @@ class Answer:
         target: Target,
         spec: ServingSpec,
         quota: Quota | None,
-        count: Callable[[Target, str | None, Counts], None],
+        count: Count,
     ) -> None:
         self._body, self._target, self._spec, self._quota, self._count = body, target, spec, quota, count
         self._streamed = body.get("stream") is True
@@ -168,7 +172,7 @@ class Answer:
             counts = self._answered(stream.usage, bad=empty or (self._wants_json and self._bad_json(stream.texts())))
             if first_s is not None:
                 counts.first_token.add(first_s)
-            self._note(stream.id, counts)
+            self._note(stream.id, counts, first_s)
         # neither: the client went away, and that says nothing of the variant
 
     def _bad_json(self, texts: list[str]) -> bool:
@@ -189,10 +193,10 @@ class Answer:
         self._note(None, Counts(requests=1, errors=1))
         return error or went_away()
 
-    def _note(self, identity: str | None, counts: Counts) -> None:
+    def _note(self, identity: str | None, counts: Counts, first_s: float | None = None) -> None:
         if self._quota:
             self._quota.spend(counts.prompt_tokens + counts.completion_tokens)
-        self._count(self._target, identity, counts)
+        self._count(self._target, identity, counts, first_s, time.monotonic() - self._started)
 
 
 def _production(model: str) -> str:

@@ -1,8 +1,8 @@
 """The engine: one registered version as Ray Serve LLM's server of vLLM. vLLM itself loads only in replicas.
 
 Tokens do not travel through Ray, where each would be a message of its own. A replica listens on a port of its own with
-vLLM's HTTP application, and Serve hands out leases: a lease is one request's place in one replica, and its token opens
-that port once. So Serve still balances, queues, limits and counts, and a token costs what it costs behind bare vLLM.
+vLLM's HTTP application, and Serve hands out leases of it (``leases.py``). So Serve still balances, queues, limits and
+counts, and a token costs what it costs behind bare vLLM.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ import asyncio
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.serve.llm import LLMConfig, LLMServer
 from ray.util import get_node_ip_address
 
-from serving.listener import LEASE_HEADER, Listener
+from serving.leases import Leases
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 _WATCH_S, _LAST_WORDS_S = 0.1, 0.1
-_UNUSED_S = 10
-"""How long a lease waits for its request; whoever took it may be gone."""
 
 
 class LeasedServer(LLMServer):
@@ -34,10 +31,8 @@ class LeasedServer(LLMServer):
     async def start(self) -> None:
         await super().start()
         await self._warm_up()
-        self._leases: dict[str, _Lease] = {}
         assert self.engine is not None, "started"
-        application = await self.engine.build_asgi_app()
-        self._listener = Listener(self._only_leases(application), get_node_ip_address(), 0)
+        self._leases = Leases(await self.engine.build_asgi_app(), get_node_ip_address())
         self._watch = asyncio.create_task(self._end_with_engine())
 
     async def _warm_up(self) -> None:
@@ -62,39 +57,10 @@ class LeasedServer(LLMServer):
                 await asyncio.sleep(_LAST_WORDS_S)
                 os._exit(1)
 
-    def _only_leases(self, application: Any) -> Any:
-        async def opened(scope: dict[str, Any], receive: Any, send: Any) -> None:
-            token = dict(scope.get("headers", ())).get(LEASE_HEADER.encode(), b"").decode()
-            if (lease := self._leases.pop(token, None)) is None:
-                await send({"type": "http.response.start", "status": 403, "headers": []})
-                await send({"type": "http.response.body", "body": b""})
-                return
-            lease.used.set()
-            try:
-                await application(scope, receive, send)
-            finally:
-                lease.ended.set()
-
-        return opened
-
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """A place in this replica: its address and a token. It is held, as a request that goes on, until the one HTTP
-        request that it opens has ended."""
-        token, lease = secrets.token_urlsafe(16), _Lease()
-        self._leases[token] = lease
-        try:
-            yield self._listener.url, token
-            await asyncio.wait_for(lease.used.wait(), _UNUSED_S)
-            await lease.ended.wait()
-        except TimeoutError:  # whoever took it never came
-            return
-        finally:
-            self._leases.pop(token, None)
-
-
-class _Lease:
-    def __init__(self) -> None:
-        self.used, self.ended = asyncio.Event(), asyncio.Event()
+        """``Leases.take``, as a call that Serve routes here."""
+        async for place in self._leases.take():
+            yield place
 
 
 def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:

@@ -23,6 +23,7 @@ from serving.counts import Counts
 from serving.errors import ApiError
 from serving.keys import ApiKey
 from serving.listener import Listener
+from serving.meters import Meters
 from serving.quota import Quota
 from serving.spec import with_changes
 from serving.traffic import NoSuchVersion, Routes
@@ -54,6 +55,7 @@ class Ingress:
         self._keys: list[ApiKey] = []
         self._quotas: dict[str, Quota] = {}
         self._replies, self._delta, self._name = Replies(), Delta(), os.urandom(8).hex()
+        self._meters = Meters()
         self._conductor = serve.get_deployment_handle(CONDUCTOR, model)
         self._background = [asyncio.create_task(self._report())]
 
@@ -239,8 +241,11 @@ class Ingress:
         except TimeoutError:
             raise answer.failed(too_late()) from None
 
-    def _count(self, target: Target, identity: str | None, counts: Counts) -> None:
+    def _count(
+        self, target: Target, identity: str | None, counts: Counts, first_s: float | None, took_s: float
+    ) -> None:
         self._delta.add(target.version, target.variant, identity, counts)
+        self._meters.add(*target, counts, first_s, took_s)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

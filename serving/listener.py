@@ -11,8 +11,7 @@ from typing import Any
 
 import uvicorn
 
-LEASE_HEADER = "x-winnow-lease"
-"""By what a request says which lease of an engine's it takes."""
+_BACKLOG = 2048
 
 
 class Listener:
@@ -23,14 +22,17 @@ class Listener:
     """
 
     def __init__(self, application: Any, host: str, port: int) -> None:
-        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token is not kept for the next one
         if port:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._socket.bind((host, port))
+        self._socket.listen(_BACKLOG)  # whoever connects before uvicorn is up waits
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application, lifespan="off", access_log=False, log_config=None, timeout_keep_alive=60, backlog=2048
+                application, lifespan="off", access_log=False, log_config=None, timeout_keep_alive=60, backlog=_BACKLOG
             )
         )
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))

@@ -117,7 +117,9 @@ def status() -> dict[str, Any]:
 
         apps = serve.status().applications
         known = place.deployed()
-        return {"applications": {model: _status_of(model, app, known.get(model)) for model, app in apps.items()}}
+        found = {model: _status_of(model, app, known.get(model)) for model, app in apps.items()}
+        head = place.own_head()
+        return {"applications": found, "metrics": f"http://127.0.0.1:{head.metrics_port}/metrics" if head else None}
 
 
 def stop(log: Log) -> dict[str, Any]:

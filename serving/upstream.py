@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from serving import leases
 from serving.errors import ApiError
-from serving.listener import LEASE_HEADER
 
-_CONNECTS = 3
-"""How many replicas are tried that die between lease and request: nothing was sent to them yet."""
+_TRIES = 8
+"""How many places are tried that turn out to be gone: nothing was sent to them yet."""
+_KEPT_S, _OLDEST_S = leases.IDLE_S / 4, 5.0
 
 
 class Overloaded(ApiError):
@@ -35,10 +37,23 @@ class Broken(Exception):
 
 
 @dataclass
+class Place:
+    """A lease: where it is, what opens it, and Serve's call that holds it."""
+
+    address: str
+    token: str
+    call: Any
+    since: float
+    free_since: float = 0.0
+
+
+@dataclass
 class Replies:
-    """The HTTP client of one ingress replica, and a handle to each version that it has asked."""
+    """The HTTP client of one ingress replica, with a handle to each version that it has asked, and the leases that its
+    last requests left: a lease that is taken again costs no message of Ray's."""
 
     _handles: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _free: dict[tuple[str, str], list[Place]] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
@@ -54,24 +69,83 @@ class Replies:
             Overloaded: no place, or no replica that answers.
             TimeoutError: none in time.
         """
-        for attempt in range(_CONNECTS):
-            place = self._handle(model, version).remote()
-            try:
-                async with asyncio.timeout(wait_s):
-                    address, token = await _lease(place, f"{model}@{version}")
-                    reply = await self._send(address + path, payload, {LEASE_HEADER: token})
-            except aiohttp.ClientConnectorError:
-                if attempt + 1 == _CONNECTS:
-                    raise Overloaded(f"no replica of {model}@{version} can be reached") from None
-                continue
-            except aiohttp.ClientError as error:
-                raise Overloaded(f"a replica of {model}@{version} went away before it answered") from error
-            except BaseException:  # a client that left too: the place is free again at once
-                place.cancel()
-                raise
+        async with asyncio.timeout(wait_s):
+            place, reply = await self._reach(model, version, path, payload)
+        try:
             async with reply:
                 yield reply
+        except BaseException:
+            place.call.cancel()
+            raise
+        if reply.content.at_eof():
+            self._keep(model, version, place)
+        else:
+            place.call.cancel()
+
+    async def _reach(self, model: str, version: str, path: str, payload: bytes) -> tuple[Place, aiohttp.ClientResponse]:
+        """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
+        nothing has begun there."""
+        for _ in range(_TRIES):
+            place = self._kept(model, version) or await self._lease(model, version)
+            try:
+                reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
+            except aiohttp.ClientConnectorError:
+                place.call.cancel()
+                continue
+            except aiohttp.ClientError as error:
+                place.call.cancel()
+                raise Overloaded(f"a replica of {model}@{version} went away before it answered") from error
+            except BaseException:  # a client that left too: the place is free again at once
+                place.call.cancel()
+                raise
+            if reply.status != leases.NO_LEASE:
+                return place, reply
+            reply.release()
+        raise Overloaded(f"no replica of {model}@{version} can be reached")
+
+    async def _lease(self, model: str, version: str) -> Place:
+        """
+        Raises:
+            Overloaded: Serve has no place, or no replica.
+        """
+        if (handle := self._handles.get((model, version))) is None:
+            handle = serve.get_deployment_handle(version, model).options(method_name="lease", stream=True)
+            self._handles[model, version] = handle
+        call: Any = handle.remote()
+        try:
+            address, token = await anext(call)
+            return Place(address, token, call, time.monotonic())
+        except BackPressureError as error:
+            raise Overloaded(f"{model}@{version} is overloaded; try again") from error
+        except (RayServeException, RayError, StopAsyncIteration) as error:
+            raise Overloaded(f"no replica of {model}@{version} is up") from error
+        except BaseException:
+            call.cancel()
+            raise
+
+    def _kept(self, model: str, version: str) -> Place | None:
+        """The lease that was left last, if it is still one."""
+        free, now = self._free.get((model, version), []), time.monotonic()
+        while free:
+            place = free.pop()
+            if now - place.free_since < _KEPT_S:
+                return place
+            place.call.cancel()
+        return None
+
+    def _keep(self, model: str, version: str, place: Place) -> None:
+        """For the next request, for a moment. None is kept for long: replicas come and go, and so do places in them."""
+        place.free_since = time.monotonic()
+        if place.free_since - place.since > _OLDEST_S:
+            place.call.cancel()
             return
+        self._free.setdefault((model, version), []).append(place)
+        asyncio.get_running_loop().call_later(_KEPT_S, self._let_go, model, version)
+
+    def _let_go(self, model: str, version: str) -> None:
+        free, now = self._free[model, version], time.monotonic()
+        while free and now - free[0].free_since >= _KEPT_S:
+            free.pop(0).call.cancel()
 
     @asynccontextmanager
     async def from_endpoint(
@@ -91,27 +165,11 @@ class Replies:
         if self._session is not None:
             await self._session.close()
 
-    def _handle(self, model: str, version: str) -> Any:
-        if (model, version) not in self._handles:
-            handle = serve.get_deployment_handle(version, model)
-            self._handles[model, version] = handle.options(method_name="lease", stream=True)
-        return self._handles[model, version]
-
     async def _send(self, url: str, payload: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
         if self._session is None:  # within the replica's event loop
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         return await self._session.post(url, data=payload, headers={"Content-Type": "application/json"} | headers)
-
-
-async def _lease(place: Any, version: str) -> tuple[str, str]:
-    """A replica's address, and the token that opens it."""
-    try:
-        return await anext(place)
-    except BackPressureError as error:
-        raise Overloaded(f"{version} is overloaded; try again") from error
-    except (RayServeException, RayError, StopAsyncIteration) as error:
-        raise Overloaded(f"no replica of {version} is up") from error
 
 
 async def pieces(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -19,9 +19,8 @@ MAY_IMPORT = {
     "sweeps": {"cluster", "trainables", "serving.registry", "serving.spec"},
 }
 TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
-SERVE_MODULES = {
-    f"serving.{name}" for name in ("engine", "app", "front", "ingress", "upstream", "place", "warming", "rollout")
-}
+SERVING = ("engine", "meters", "upstream", "ingress", "front", "app", "place", "warming", "rollout")
+SERVE_MODULES = {f"serving.{name}" for name in SERVING}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},

@@ -1,0 +1,48 @@
+"""What Prometheus sees of one ingress replica, through Ray's own exporter: by model, version and variant.
+
+Queues and replicas it sees already: Serve exports them by deployment, which is a version here.
+"""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Histogram
+
+from serving.counts import Counts
+
+_WHO = ("model", "version", "variant")
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
+
+
+class Meters:
+    """Ray puts ``ray_`` before these names."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("winnow_requests", "Requests by outcome.", (*_WHO, "outcome"))
+        self._tokens = Counter("winnow_tokens", "Tokens by kind.", (*_WHO, "kind"))
+        self._latency = Histogram("winnow_request_seconds", "To the last byte of an answer.", _SECONDS, _WHO)
+        self._first = Histogram("winnow_first_token_seconds", "To the first event of a stream.", _SECONDS, _WHO)
+        self._each = Histogram("winnow_token_seconds", "From one token of a stream to the next.", _SECONDS, _WHO)
+
+    def add(self, model: str, version: str, variant: str, counts: Counts, first_s: float | None, took_s: float) -> None:
+        """One request.
+
+        Args:
+            counts: of it alone.
+            first_s: to the first event, None where it was not streamed.
+            took_s: to the last one.
+        """
+        who = {"model": model, "version": version, "variant": variant}
+        outcome = "error" if counts.errors else "rejected" if counts.rejected else "answered"
+        self._requests.inc(1, who | {"outcome": outcome})
+        if outcome != "answered":
+            return
+        if counts.invalid:
+            self._requests.inc(1, who | {"outcome": "invalid"})
+        for kind, tokens in (("prompt", counts.prompt_tokens), ("completion", counts.completion_tokens)):
+            if tokens:
+                self._tokens.inc(tokens, who | {"kind": kind})
+        self._latency.observe(took_s, who)
+        if first_s is not None:
+            self._first.observe(first_s, who)
+            if counts.completion_tokens > 1:
+                self._each.observe((took_s - first_s) / (counts.completion_tokens - 1), who)

@@ -1,0 +1,159 @@
+"""Places in a replica: opened by their token, one request at a time, kept for the next one, and let go.
+
+The two ends are the real ones, over real HTTP; in the middle a few lines stand for Serve, which hands a call on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from serving import leases, upstream
+from serving.leases import HEADER, NO_LEASE, Leases
+from serving.upstream import Overloaded, Replies
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    """Answers after as many seconds as the path says."""
+    await asyncio.sleep(float(scope["path"].strip("/")))
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Handle:
+    """Serve's handle to one replica: counts its calls, and cancels as Serve does."""
+
+    def __init__(self, replica: Leases) -> None:
+        self.replica, self.calls = replica, 0
+
+    def remote(self) -> Any:
+        self.calls += 1
+        return Call(self.replica.take())
+
+
+class Call:
+    def __init__(self, places: AsyncIterator[tuple[str, str]]) -> None:
+        self._places = places
+        self._held: asyncio.Task | None = None
+
+    async def __anext__(self) -> tuple[str, str]:
+        first = await anext(self._places)
+
+        async def hold() -> None:
+            async for _ in self._places:
+                pass
+
+        self._held = asyncio.create_task(hold())
+        return first
+
+    def cancel(self) -> None:
+        if self._held:
+            self._held.cancel()
+
+
+def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Replies], Awaitable[None]]) -> None:
+    monkeypatch.setattr(leases, "IDLE_S", 0.4)
+    monkeypatch.setattr(upstream, "_KEPT_S", 0.1)
+
+    async def run() -> None:
+        replica = Leases(application, "127.0.0.1")
+        handle = Handle(replica)
+        replies = Replies(_handles={("tickets", "v1"): handle})
+        try:
+            await play(replica, handle, replies)
+        finally:
+            await replies.close()
+            await replica.close()
+
+    asyncio.run(run())
+
+
+async def ask(replies: Replies, seconds: float = 0.0, wait_s: float = 5) -> bytes:
+    async with replies.from_version("tickets", "v1", f"/{seconds}", b"{}", wait_s) as reply:
+        assert reply.status == 200
+        return await reply.read()
+
+
+def test_one_lease_serves_one_request_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        for _ in range(20):
+            assert await ask(replies) == b"ok"
+        assert handle.calls == 1
+        await asyncio.gather(*(ask(replies, 0.05) for _ in range(5)))
+        assert handle.calls == 5, "as many places as requests at once"
+        await asyncio.sleep(0.3)
+        assert replica._held == {}, "nobody asked any more"
+        await ask(replies)
+        assert handle.calls == 6
+
+    scenario(monkeypatch, play)
+
+
+def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        place = await replies._lease("tickets", "v1")
+
+        async def status(token: str, seconds: float = 0) -> int:
+            reply = await replies._send(f"{place.address}/{seconds}", b"{}", {HEADER: token})
+            async with reply:
+                return reply.status
+
+        assert await status("guessed") == NO_LEASE
+        assert await status("") == NO_LEASE
+        assert sorted(await asyncio.gather(status(place.token, 0.1), status(place.token))) == [200, NO_LEASE]
+        assert await status(place.token) == 200
+        await asyncio.sleep(0.6)
+        assert await status(place.token) == NO_LEASE, "it was not used for too long"
+
+    scenario(monkeypatch, play)
+
+
+def test_a_long_answer_keeps_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        assert await ask(replies, 1.0) == b"ok"
+        assert await ask(replies) == b"ok"
+        assert handle.calls == 1
+
+    scenario(monkeypatch, play)
+
+
+def test_whoever_gives_up_frees_the_place_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        with pytest.raises(TimeoutError):
+            await ask(replies, 30, wait_s=0.1)
+        asking = asyncio.create_task(ask(replies, 30))
+        await asyncio.sleep(0.1)
+        assert len(replica._held) == 1
+        asking.cancel()
+        await asyncio.sleep(0.05)
+        assert replica._held == {}
+
+    scenario(monkeypatch, play)
+
+
+def test_a_kept_place_in_a_replica_that_is_gone_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        await ask(replies)
+        (token,) = replica._held
+        replica._held.clear()  # as in the replica that took its place
+        assert await ask(replies) == b"ok"
+        assert handle.calls == 2
+        assert token not in replica._held
+        gone = await replies._lease("tickets", "v1")
+        gone.address, gone.free_since = "http://127.0.0.1:9", asyncio.get_running_loop().time()
+        replies._free["tickets", "v1"].append(gone)
+        assert await ask(replies) == b"ok"
+        handle.remote = lambda: Call(_nothing())  # no replica is left
+        replies._free.clear()
+        with pytest.raises(Overloaded, match="is up"):
+            await ask(replies)
+
+    scenario(monkeypatch, play)
+
+
+async def _nothing() -> AsyncIterator[tuple[str, str]]:
+    return
+    yield
