@@ -61,7 +61,7 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
         for turn in range(-1, arguments.rounds):  # the first round warms both up
             for concurrency in arguments.concurrency:
                 for side, url in urls.items():
-                    requests = max(arguments.requests, 4 * concurrency)
+                    requests = max(arguments.requests, 16 * concurrency)
                     one = await _load(session, url, model, concurrency, requests, arguments.tokens)
                     if turn >= 0:
                         found[concurrency][side].append(one)

@@ -54,9 +54,10 @@ class Ingress:
         self._routes = Routes((), "", {})
         self._keys: list[ApiKey] = []
         self._quotas: dict[str, Quota] = {}
-        self._replies, self._delta, self._name = Replies(), Delta(), os.urandom(8).hex()
+        application = serve.get_replica_context().app_name  # of ``serve run`` it need not be the model's name
+        self._replies, self._delta, self._name = Replies({model: application}), Delta(), os.urandom(8).hex()
         self._meters = Meters()
-        self._conductor = serve.get_deployment_handle(CONDUCTOR, model)
+        self._conductor = serve.get_deployment_handle(CONDUCTOR, application)
         self._background = [asyncio.create_task(self._report())]
 
     async def reconfigure(self, config: dict[str, Any]) -> None:

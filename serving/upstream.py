@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from serving.errors import ApiError
 
 _TRIES = 8
 """How many places are tried that turn out to be gone: nothing was sent to them yet."""
-_KEPT_S, _OLDEST_S = leases.IDLE_S / 4, 5.0
+_KEPT_S, _OLDEST_S = leases.IDLE_S / 4, (4.0, 8.0)
 
 
 class Overloaded(ApiError):
@@ -43,15 +44,21 @@ class Place:
     address: str
     token: str
     call: Any
-    since: float
+    until: float
+    """When it is given back: replicas come and go, and one that is to end waits for its leases."""
     free_since: float = 0.0
 
 
 @dataclass
 class Replies:
     """The HTTP client of one ingress replica, with a handle to each version that it has asked, and the leases that its
-    last requests left: a lease that is taken again costs no message of Ray's."""
+    last requests left: a lease that is taken again costs no message of Ray's.
 
+    Args:
+        applications: of models whose application is not called as they are.
+    """
+
+    applications: dict[str, str] = field(default_factory=dict)
     _handles: dict[tuple[str, str], Any] = field(default_factory=dict)
     _free: dict[tuple[str, str], list[Place]] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
@@ -109,12 +116,13 @@ class Replies:
             Overloaded: Serve has no place, or no replica.
         """
         if (handle := self._handles.get((model, version))) is None:
-            handle = serve.get_deployment_handle(version, model).options(method_name="lease", stream=True)
+            handle = serve.get_deployment_handle(version, self.applications.get(model, model))
+            handle = handle.options(method_name="lease", stream=True)
             self._handles[model, version] = handle
         call: Any = handle.remote()
         try:
             address, token = await anext(call)
-            return Place(address, token, call, time.monotonic())
+            return Place(address, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
         except BackPressureError as error:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
         except (RayServeException, RayError, StopAsyncIteration) as error:
@@ -134,9 +142,9 @@ class Replies:
         return None
 
     def _keep(self, model: str, version: str, place: Place) -> None:
-        """For the next request, for a moment. None is kept for long: replicas come and go, and so do places in them."""
+        """For the next request, for a moment."""
         place.free_since = time.monotonic()
-        if place.free_since - place.since > _OLDEST_S:
+        if place.free_since > place.until:
             place.call.cancel()
             return
         self._free.setdefault((model, version), []).append(place)

@@ -6,6 +6,7 @@ On the endpoint that the quickstart left up: these tests come right after its ow
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import fake_judge
 import openai
 import psutil
 import pytest
-from conftest import winnow
+from conftest import ROOT, winnow
 
 from serving import registry
 from serving.traffic import Routes
@@ -137,6 +138,23 @@ def test_what_each_variant_did_is_counted(quickstart, versions, client) -> None:
     assert counted[f"{versions[0]} production"]["completion_tokens"] > 60
     assert counted[f"{versions[1]} direct"]["requests"] == 1
     assert 0 < counted[f"{versions[0]} production"]["first_token_p50_s"] < 10
+
+
+def test_prometheus_finds_all_that_the_dashboard_shows(quickstart, versions, client) -> None:
+    dashboard = (ROOT / "cluster/grafana.json").read_text()
+    shown = set(re.findall(r"\bray_(?:winnow|serve)_[a-z_]+?(?=_bucket\b|[{,])", dashboard))
+    assert len(shown) == 8
+    url, deadline = serving(quickstart, "status")["metrics"], time.monotonic() + 30
+    while time.monotonic() < deadline:  # Ray collects every few seconds
+        scraped = urllib.request.urlopen(url, timeout=10).read().decode()
+        if all(f"# TYPE {name} " in scraped for name in shown):
+            break
+        time.sleep(1)
+    assert {name for name in shown if f"# TYPE {name} " not in scraped} == set()
+    line = next(
+        one for one in scraped.splitlines() if one.startswith("ray_winnow_requests_total{") and versions[1] in one
+    )
+    assert all(label in line for label in ('model="tickets"', 'outcome="answered"', 'variant="'))
 
 
 def test_promote_and_rollback_take_effect_within_a_second_and_lose_nothing(quickstart, versions, client) -> None:
