@@ -32,7 +32,7 @@ class LeasedServer(LLMServer):
         await super().start()
         await self._warm_up()
         assert self.engine is not None, "started"
-        self._leases = Leases(await self.engine.build_asgi_app(), get_node_ip_address())
+        self._leases = Leases(await self.engine.build_asgi_app(), get_node_ip_address(), self.engine.check_health)
         self._watch = asyncio.create_task(self._end_with_engine())
 
     async def _warm_up(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from serving.listener import Listener
@@ -22,15 +22,23 @@ NO_LEASE = 418
 
 
 class Leases:
-    """Serves an ASGI application on a free port of ``host``, to whoever has a lease and to nobody else."""
+    """Serves an ASGI application on a free port of ``host``, to whoever has a lease and to nobody else.
 
-    def __init__(self, application: Any, host: str) -> None:
+    Args:
+        check: raises where the application cannot answer any more. Then nothing new is let in: no lease is known, and
+            whoever wants one waits until this process ends.
+    """
+
+    def __init__(self, application: Any, host: str, check: Callable[[], Awaitable[None]]) -> None:
         self._held: dict[str, _Lease] = {}
+        self._check = check
         self._listener = Listener(self._guarded(application), host, 0)
 
     async def take(self) -> AsyncIterator[tuple[str, str]]:
         """A place: where it is and the token that opens it. It is held until it is not used for ``IDLE_S``, or until
         the caller cancels."""
+        if not await self._answers():
+            await asyncio.Event().wait()
         token, lease = secrets.token_urlsafe(16), _Lease()
         self._held[token] = lease
         try:
@@ -43,11 +51,18 @@ class Leases:
     async def close(self) -> None:
         await self._listener.close()
 
+    async def _answers(self) -> bool:
+        try:
+            await self._check()
+        except Exception:  # whatever it died of
+            return False
+        return True
+
     def _guarded(self, application: Any) -> Any:
         async def opened(scope: dict[str, Any], receive: Any, send: Any) -> None:
             token = dict(scope.get("headers", ())).get(HEADER.encode(), b"").decode()
             lease = self._held.get(token)
-            if lease is None or lease.busy:
+            if lease is None or lease.busy or not await self._answers():
                 await send({"type": "http.response.start", "status": NO_LEASE, "headers": [(b"content-length", b"0")]})
                 await send({"type": "http.response.body", "body": b""})
                 return

@@ -45,7 +45,7 @@ class Deployed:
     def url(self) -> str:
         """As a client on this machine says it."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104  compared, not bound
-        return f"http://{host}:{self.port}/v1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
 
 @contextmanager

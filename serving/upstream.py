@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from serving import leases
 from serving.errors import ApiError
 
-_TRIES = 8
+_TRIES, _PAUSE_S = 8, 0.2
 """How many places are tried that turn out to be gone: nothing was sent to them yet."""
 _KEPT_S, _OLDEST_S = leases.IDLE_S / 4, (4.0, 8.0)
 
@@ -94,6 +94,9 @@ class Replies:
         nothing has begun there."""
         for _ in range(_TRIES):
             place = self._kept(model, version) or await self._lease(model, version)
+            if place is None:
+                await asyncio.sleep(_PAUSE_S)
+                continue
             try:
                 reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
             except aiohttp.ClientConnectorError:
@@ -110,10 +113,11 @@ class Replies:
             reply.release()
         raise Overloaded(f"no replica of {model}@{version} can be reached")
 
-    async def _lease(self, model: str, version: str) -> Place:
-        """
+    async def _lease(self, model: str, version: str) -> Place | None:
+        """A new place; None where the replica ended before it gave one. Serve waits for a replica where there is none.
+
         Raises:
-            Overloaded: Serve has no place, or no replica.
+            Overloaded: as many as may wait do.
         """
         if (handle := self._handles.get((model, version))) is None:
             handle = serve.get_deployment_handle(version, self.applications.get(model, model))
@@ -125,8 +129,8 @@ class Replies:
             return Place(address, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
         except BackPressureError as error:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
-        except (RayServeException, RayError, StopAsyncIteration) as error:
-            raise Overloaded(f"no replica of {model}@{version} is up") from error
+        except (RayServeException, RayError, StopAsyncIteration):
+            return None
         except BaseException:
             call.cancel()
             raise

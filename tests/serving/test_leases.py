@@ -59,7 +59,7 @@ def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Re
     monkeypatch.setattr(upstream, "_KEPT_S", 0.1)
 
     async def run() -> None:
-        replica = Leases(application, "127.0.0.1")
+        replica = Leases(application, "127.0.0.1", _well)
         handle = Handle(replica)
         replies = Replies(_handles={("tickets", "v1"): handle})
         try:
@@ -95,6 +95,7 @@ def test_one_lease_serves_one_request_after_the_other(monkeypatch: pytest.Monkey
 def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(replica, handle, replies) -> None:
         place = await replies._lease("tickets", "v1")
+        assert place is not None
 
         async def status(token: str, seconds: float = 0) -> int:
             reply = await replies._send(f"{place.address}/{seconds}", b"{}", {HEADER: token})
@@ -123,8 +124,8 @@ def test_a_long_answer_keeps_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whoever_gives_up_frees_the_place_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(replica, handle, replies) -> None:
         with pytest.raises(TimeoutError):
-            await ask(replies, 30, wait_s=0.1)
-        asking = asyncio.create_task(ask(replies, 30))
+            await ask(replies, 1, wait_s=0.1)
+        asking = asyncio.create_task(ask(replies, 1))
         await asyncio.sleep(0.1)
         assert len(replica._held) == 1
         asking.cancel()
@@ -143,15 +144,41 @@ def test_a_kept_place_in_a_replica_that_is_gone_is_left_for_another(monkeypatch:
         assert handle.calls == 2
         assert token not in replica._held
         gone = await replies._lease("tickets", "v1")
+        assert gone is not None
         gone.address, gone.free_since = "http://127.0.0.1:9", asyncio.get_running_loop().time()
         replies._free["tickets", "v1"].append(gone)
         assert await ask(replies) == b"ok"
         handle.remote = lambda: Call(_nothing())  # no replica is left
         replies._free.clear()
-        with pytest.raises(Overloaded, match="is up"):
+        monkeypatch.setattr(upstream, "_PAUSE_S", 0.01)
+        with pytest.raises(Overloaded, match="can be reached"):
             await ask(replies)
 
     scenario(monkeypatch, play)
+
+
+def test_a_replica_whose_engine_died_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        await ask(replies)
+        other = Leases(application, "127.0.0.1", _well)
+
+        async def dead() -> None:
+            raise RuntimeError("the engine is dead")
+
+        replica._check = dead
+        asking = asyncio.create_task(ask(replies))
+        await asyncio.sleep(0.1)
+        assert not asking.done(), "it waits for another replica"
+        asking.cancel()
+        handle.replica = other
+        assert await ask(replies) == b"ok"
+        await other.close()
+
+    scenario(monkeypatch, play)
+
+
+async def _well() -> None:
+    """The engine's health, when it is."""
 
 
 async def _nothing() -> AsyncIterator[tuple[str, str]]:
