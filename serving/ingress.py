@@ -161,13 +161,17 @@ class Ingress:
 
     # Who may ask, and what ------------------------------------------------------------------------------------------
 
-    def _admit(self, request: Request) -> tuple[ApiKey | None, Quota | None]:
-        """
+    def _admit(self, request: Request) -> Quota | None:
+        """Let a request in.
+
+        Returns:
+            What its key may ask for; None where no key is needed.
+
         Raises:
             ApiError: 401 without a key where one is needed; 429 where the key's limit is reached.
         """
         if not self._keys and self._loopback and _from_here(request):
-            return None, None
+            return None
         scheme, _, plain = request.headers.get("authorization", "").partition(" ")
         key = keys.match(self._keys, plain.strip()) if scheme.lower() == "bearer" else None
         if key is None:
@@ -175,7 +179,7 @@ class Ingress:
         quota, now = self._quota(key), time.monotonic()
         if wait := quota.admit(now):
             raise ApiError(429, f"the limits of key {key.name!r} are reached", "rate_limit_exceeded", None, wait)
-        return key, quota
+        return quota
 
     def _quota(self, key: ApiKey) -> Quota:
         if key.name not in self._quotas:
@@ -234,7 +238,7 @@ class Ingress:
             raise went_away() from None
 
     async def _generate(self, request: Request, path: str) -> Response:
-        _, quota = self._admit(request)
+        quota = self._admit(request)
         body, target = await self._asked(request)
         answer = Answer(body, target, self._spec, quota, self._count)
         try:
