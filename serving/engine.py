@@ -17,6 +17,7 @@ from typing import Any
 from ray.serve.llm import LLMConfig, LLMServer
 from ray.util import get_node_ip_address
 
+from cluster import paths
 from serving.leases import Leases
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
@@ -100,6 +101,8 @@ def environment(spec: ServingSpec) -> dict[str, str]:
 def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
     """Of all that a replica has to be started anew for: its model, its engine's settings, its place, its code."""
     place = (spec.cpus_per_replica, spec.gpus_per_replica, environment(spec))
-    with open(__file__, "rb") as code:
-        parts = json.dumps([version.version, engine_kwargs(spec), place], sort_keys=True, default=str)
-        return hashlib.sha256(parts.encode() + code.read()).hexdigest()[:16]
+    parts = json.dumps([version.version, engine_kwargs(spec), place], sort_keys=True, default=str)
+    digest = hashlib.sha256(parts.encode())
+    for name in ("engine", "leases", "listener"):
+        digest.update((paths.package("serving") / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
