@@ -11,40 +11,32 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-NAME = "bench"
-SERVING = {
-    "engine_kwargs": {"max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True, "dtype": "float32"},
-    "max_ongoing_requests": 64,
-}
+import serving_load
+
+SERVING = {"engine_kwargs": serving_load.ENGINE, "max_ongoing_requests": 64}
 
 
 def main() -> int:
     arguments = _arguments()
-    with tempfile.TemporaryDirectory() as scratch:
-        if not arguments.model:
-            os.environ["WINNOW_HOME"] = scratch
-            _register_tiny_base(Path(scratch))
-        model = arguments.model or NAME
-        with _winnow(model) as ours, _bare(model) as bare:
-            os.nice(19)  # Ray's workers run at 15: whoever asks comes after both sides alike
-            runs = asyncio.run(measure({"winnow": ours, "bare": bare}, model, arguments))
+    with (
+        serving_load.model(arguments.model, SERVING) as model,
+        serving_load.deployed(model) as ours,
+        _bare(model) as bare,
+    ):
+        os.nice(19)  # Ray's workers run at 15: whoever asks comes after both sides alike
+        runs = asyncio.run(measure({"winnow": ours, "bare": bare}, model, arguments))
     for run in runs:
         print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
     if arguments.json:
@@ -57,7 +49,7 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
     found: dict[int, dict[str, list[dict[str, float]]]] = {
         c: {side: [] for side in urls} for c in arguments.concurrency
     }
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with serving_load.session() as session:
         for turn in range(-1, arguments.rounds):  # the first round warms both up
             for concurrency in arguments.concurrency:
                 for side, url in urls.items():
@@ -87,9 +79,9 @@ async def _load(
 
     async def client() -> None:
         for number in waiting:
-            first, rest = await _request(session, url, model, f"Repeat: lemon {number}", tokens)
-            firsts.append(first)
-            nexts.append(rest / (tokens - 1))
+            timed = await serving_load.stream(session, url, model, f"Repeat: lemon {number}", tokens)
+            firsts.append(timed.first_s)
+            nexts.append(timed.rest_s / (tokens - 1))
 
     started = time.monotonic()
     await asyncio.gather(*(client() for _ in range(concurrency)))
@@ -101,73 +93,13 @@ async def _load(
     }
 
 
-async def _request(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int
-) -> tuple[float, float]:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "skip_special_tokens": False,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    started, first, last = time.monotonic(), None, b""
-    async with session.post(f"{url}/chat/completions", json=body) as reply:
-        assert reply.status == 200, await reply.text()
-        async for piece in reply.content.iter_any():
-            last = (last + piece)[-2000:]
-            if first is None and b'"content":"' in piece.replace(b'"content":""', b""):
-                first = time.monotonic()
-    assert f'"completion_tokens":{tokens}'.encode() in last, last
-    ended = time.monotonic()
-    first = first or ended
-    return first - started, ended - first
-
-
-def _register_tiny_base(home: Path) -> None:
-    from serving import registry
-
-    base = home / "tiny"
-    subprocess.run(
-        [sys.executable, ROOT / "scripts/make_tiny_base.py", "--out", base, "--steps", "30"], check=True, stdout=2
-    )
-    with registry.staging(NAME) as staged:
-        for file in base.iterdir():
-            shutil.copyfile(file, staged / file.name)
-        version = registry.register(NAME, staged, {"serving": SERVING})
-    registry.set_alias(NAME, registry.PRODUCTION, version.version, "benchmark")
-
-
-@contextmanager
-def _winnow(model: str) -> Iterator[str]:
-    from ray._common.network_utils import find_free_port
-
-    command = [sys.executable, "-m", "serving"]
-    done = subprocess.run(
-        [*command, "deploy", model, "--port", str(find_free_port()), "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    try:
-        yield json.loads(done.stdout.splitlines()[-1])["url"]
-    finally:
-        subprocess.run([*command, "stop"], cwd=ROOT, check=True)
-
-
 @contextmanager
 def _bare(model: str) -> Iterator[str]:
     """vLLM's own server with the settings that the version was registered with."""
-    from ray._common.network_utils import find_free_port
-
     from serving import engine, registry
     from serving.spec import with_changes
 
-    version, port = registry.find(model), find_free_port()
+    version, port = registry.find(model), serving_load.free_port()
     spec = with_changes(version.record["serving"], {})
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(version.path)]
     command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]

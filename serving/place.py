@@ -84,7 +84,7 @@ def _connected(address: str) -> Iterator[None]:
     with session.connected(address=address):
         from ray import serve  # noqa: F401  it makes its logger as it is imported
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it prints every option otherwise
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it prints every option, and its own slow moments
         yield
 
 

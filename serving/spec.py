@@ -25,8 +25,12 @@ class AutoscalingSpec(_Spec):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    look_back_period_s: Annotated[float, Field(gt=10)] = Field(30, description="Replicas report every 10 s.")
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="For the last replica, where min_replicas is 0; None for downscale_delay_s."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingSpec:

@@ -1,0 +1,233 @@
+"""An endpoint under mixed traffic for long, and what its processes become: ``python scripts/soak_serving.py --json``.
+
+Streams, whole answers, JSON by a schema, feedback, tokens, mistakes, and clients that leave in the middle, one hour of
+it unless ``--seconds`` says otherwise. Memory and open files of every process under the endpoint's head node are
+sampled all the while. Exit status 1 where a request failed that should not have, a process stayed that was not there
+before, or a process kept growing. Without ``--url`` a tiny model is made and deployed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import psutil
+
+import serving_load
+
+SERVING = {"engine_kwargs": serving_load.ENGINE, "max_ongoing_requests": 64}
+GROWTH = 0.10
+"""By how much a process may be larger at the end than after its first fifth, and at least ``SLACK_MIB``."""
+SLACK_MIB = 8.0
+_SAMPLES = 100
+_SCHEMA = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+
+
+@dataclass
+class Asker:
+    """One client's way to the endpoint."""
+
+    session: aiohttp.ClientSession
+    url: str
+    model: str
+
+    def body(self, **more: Any) -> dict[str, Any]:
+        lemon = {"role": "user", "content": f"Repeat: lemon {random.randrange(10_000)}"}
+        return {"model": self.model, "messages": [lemon], "max_tokens": 32} | more
+
+    async def post(self, path: str, body: Any, status: int = 200) -> dict[str, Any]:
+        """
+        Raises:
+            RuntimeError: another status.
+        """
+        async with self.session.post(self.url.removesuffix("/v1") + path, json=body) as reply:
+            if reply.status != status:
+                raise RuntimeError(f"{path}: {reply.status} in the place of {status}: {(await reply.text())[:200]}")
+            return await reply.json()
+
+    async def streamed(self) -> None:
+        await serving_load.stream(self.session, self.url, self.model, self.body()["messages"][0]["content"], 32)
+
+    async def whole(self) -> None:
+        answer = await self.post("/v1/chat/completions", self.body(ignore_eos=True))
+        await self.post("/v1/feedback", {"id": answer["id"], "score": random.random()})
+
+    async def as_json(self) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _SCHEMA}}
+        await self.post("/v1/chat/completions", self.body(response_format=form))
+
+    async def tokens(self) -> None:
+        await self.post("/tokenize", {"model": self.model, "prompt": "lemon"})
+
+    async def mistaken(self) -> None:
+        await self.post("/v1/chat/completions", {"model": "another"}, 404)
+        await self.post("/v1/chat/completions", self.body(max_tokens=-1), 400)
+
+    async def leaving(self) -> None:
+        asked = self.body(stream=True, max_tokens=200, ignore_eos=True)
+        async with self.session.post(f"{self.url}/chat/completions", json=asked) as reply:
+            await reply.content.readany()
+            reply.close()
+
+
+@dataclass
+class Soak:
+    """What happened so far."""
+
+    root: psutil.Process
+    asked: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    sizes: dict[tuple[int, str], list[tuple[float, float, int]]] = field(default_factory=dict)
+    """By process: when, MiB that are its own, and open files."""
+    families: list[set[tuple[int, str]]] = field(default_factory=list)
+
+    def sample(self) -> None:
+        family = set()
+        for process in [self.root, *self.root.children(recursive=True)]:
+            try:
+                with process.oneshot():
+                    if process.status() == psutil.STATUS_ZOMBIE:
+                        continue
+                    who = (process.pid, _role(process))
+                    seen = (time.monotonic(), process.memory_full_info().uss / 2**20, process.num_fds())
+            except psutil.NoSuchProcess:
+                continue
+            family.add(who)
+            self.sizes.setdefault(who, []).append(seen)
+        self.families.append(family)
+
+
+def main() -> int:
+    arguments = _arguments()
+    with _endpoint(arguments) as (url, model, root):
+        os.nice(19)
+        soak = Soak(psutil.Process(root))
+        asyncio.run(_traffic(soak, url, model, arguments))
+    result = _result(soak, arguments.seconds)
+    for one in result["processes"]:
+        print("  ".join(f"{key} {value}" for key, value in one.items()), file=sys.stderr)
+    print(f"asked {dict(soak.asked)}; failed {dict(soak.failed)}; leaked {result['leaked']}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0 if result["sound"] else 1
+
+
+async def _traffic(soak: Soak, url: str, model: str, arguments: argparse.Namespace) -> None:
+    until, told = time.monotonic() + arguments.seconds, time.monotonic()
+    async with serving_load.session() as session:
+        asker = Asker(session, url, model)
+        every = arguments.seconds / _SAMPLES
+        clients = [asyncio.create_task(_client(soak, asker, until, arguments.pause)) for _ in range(arguments.clients)]
+        await asyncio.sleep(every * 5)  # engines and ingress load what they need at their first requests
+        while time.monotonic() < until:
+            await asyncio.to_thread(soak.sample)
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                print(f"{until - told:.0f} s left: {soak.asked.total()} asked, {dict(soak.failed)}", file=sys.stderr)
+            await asyncio.sleep(every)
+        await asyncio.gather(*clients)
+    await asyncio.sleep(3)
+    soak.sample()
+
+
+async def _client(soak: Soak, asker: Asker, until: float, pause_s: float) -> None:
+    kinds: dict[str, Callable[[], Awaitable[None]]] = {
+        name: getattr(asker, name) for name in ("streamed", "whole", "as_json", "tokens", "mistaken", "leaving")
+    }
+    while time.monotonic() < until:
+        kind = random.choices(list(kinds), (6, 4, 1, 1, 1, 1))[0]
+        soak.asked[kind] += 1
+        try:
+            await kinds[kind]()
+        except (RuntimeError, aiohttp.ClientError) as error:
+            soak.failed[f"{kind}: {type(error).__name__}: {str(error)[:150]}"] += 1
+        await asyncio.sleep(random.uniform(0, 2 * pause_s))
+
+
+def _result(soak: Soak, seconds: float) -> dict[str, Any]:
+    processes = [_process(who[1], seen) for who, seen in soak.sizes.items() if who in soak.families[-1]]
+    leaked = [f"{name} {pid}" for pid, name in sorted(soak.families[-1] - soak.families[0]) if not _comes(name)]
+    return {
+        "seconds": seconds,
+        "asked": dict(soak.asked),
+        "failed": dict(soak.failed),
+        "leaked": leaked,
+        "processes": sorted(processes, key=lambda one: -one["mib"]),
+        "sound": not soak.failed and not leaked and all(one["flat"] for one in processes),
+    }
+
+
+def _process(name: str, seen: list[tuple[float, float, int]]) -> dict[str, Any]:
+    fifth = max(1, len(seen) // 5)
+    early, late = seen[fifth : 2 * fifth] or seen[:1], seen[-fifth:]
+    before, after = (statistics.median(mib for _, mib, _ in part) for part in (early, late))
+    files_before, files_after = (statistics.median(files for *_, files in part) for part in (early, late))
+    return {
+        "process": name,
+        "mib": round(after, 1),
+        "grew_mib": round(after - before, 1),
+        "files": int(files_after),
+        "more_files": int(files_after - files_before),
+        "flat": after - before <= max(SLACK_MIB, GROWTH * before),
+    }
+
+
+def _role(process: psutil.Process) -> str:
+    """What a process is, by its command line, without paths or numbers."""
+    command = process.cmdline() or [process.name()]
+    title = command[0] if "::" in command[0] else " ".join(part for part in command[:3] if not part.startswith("-"))
+    return re.sub(r"\S*/", "", title)[:60]
+
+
+def _comes(name: str) -> bool:
+    """Ray keeps a few idle workers ready, which come and go."""
+    return name.startswith("ray::IDLE")
+
+
+@contextmanager
+def _endpoint(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Its address, its model, and the process under which all of it runs."""
+    from serving import place
+
+    if arguments.url:
+        head = place.own_head()
+        assert head, "WINNOW_HOME has an endpoint that deploy started"
+        yield arguments.url, arguments.model, head.pid
+        return
+    with serving_load.model(arguments.model, SERVING) as name, serving_load.deployed(name) as url:
+        head = place.own_head()
+        assert head, "deployed"
+        yield url, name, head.pid
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument(
+        "--pause", type=float, default=0.1, metavar="S", help="of a client between requests, on average"
+    )
+    parser.add_argument("--url", help="an endpoint of WINNOW_HOME, up to and with /v1, in the place of one made here")
+    parser.add_argument("--model", help="a registered model; needed with --url")
+    arguments = parser.parse_args()
+    if arguments.url and not arguments.model:
+        parser.error("--url needs --model")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
