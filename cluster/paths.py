@@ -150,6 +150,11 @@ def version_dir(model: str, version: str) -> Path:
     return model_dir(model) / check_name("a model's version", version)
 
 
+def compiled_dir(model: str, version: str) -> Path:
+    """What vLLM compiled for a version, on nodes of any kind: safe to remove, and made anew then."""
+    return home() / "compiled" / check_name("a model's name", model) / check_name("a model's version", version)
+
+
 def api_keys_file() -> Path:
     """Who may ask the served models: names, hashes and limits."""
     return home() / "keys.json"

@@ -11,9 +11,13 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
+import psutil
+from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig  # their one home
 from ray.serve.llm import LLMConfig, LLMServer
 from ray.util import get_node_ip_address
 
@@ -23,17 +27,33 @@ from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
+"""Of a replica's start, in their order."""
 _WATCH_S, _LAST_WORDS_S = 0.1, 0.1
+
+
+class _OnThisDisk(CallbackBase):
+    """A version is a directory that each node has: Ray's tasks that would fetch a model to them take seconds, and find
+    nothing to do."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
 
 
 class LeasedServer(LLMServer):
     """A replica: vLLM's engine, warm, behind a port that only leases open."""
 
     async def start(self) -> None:
+        began = [psutil.Process().create_time(), time.time()]
         await super().start()
-        await self._warm_up()
         assert self.engine is not None, "started"
-        self._leases = Leases(await self.engine.build_asgi_app(), get_node_ip_address(), self.engine.check_health)
+        began.append(time.time())
+        application = await self.engine.build_asgi_app()
+        began.append(time.time())
+        await self._warm_up()
+        began.append(time.time())
+        self._parts = dict(zip(PARTS, (after - before for before, after in pairwise(began)), strict=True))
+        self._leases = Leases(application, get_node_ip_address(), self.engine.check_health)
         self._watch = asyncio.create_task(self._end_with_engine())
 
     async def _warm_up(self) -> None:
@@ -57,6 +77,10 @@ class LeasedServer(LLMServer):
             except Exception:  # whatever it died of
                 await asyncio.sleep(_LAST_WORDS_S)
                 os._exit(1)
+
+    def cold_start(self) -> dict[str, float]:
+        """What this replica's start took: seconds by ``PARTS``."""
+        return self._parts
 
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
         """``Leases.take``, as a call that Serve routes here."""
@@ -82,7 +106,8 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
             "ray_actor_options": {"num_cpus": 0},
         },
         server_cls=LeasedServer,
-        runtime_env={"env_vars": environment(spec)},
+        callback_config=CallbackConfig(callback_class=_OnThisDisk),
+        runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
         experimental_configs={"stream_batching_interval_ms": 0},
     )
 
@@ -96,6 +121,13 @@ def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
 
 def environment(spec: ServingSpec) -> dict[str, str]:
     return _OFFLINE | ({} if spec.gpus_per_replica > 0 else {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)})
+
+
+def _kept_compiled(version: ModelVersion) -> dict[str, str]:
+    """The caches of vLLM and of what it compiles with: beside the version, which is immutable."""
+    kept = paths.compiled_dir(version.model, version.version)
+    names = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    return {name: str(kept / directory) for name, directory in names.items()}
 
 
 def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:

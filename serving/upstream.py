@@ -21,7 +21,7 @@ from serving.errors import ApiError
 _TRIES, _PAUSE_S = 8, 0.2
 """How many places are tried that turn out to be gone: nothing was sent to them yet."""
 _KEPT_S, _OLDEST_S = 0.1, (4.0, 8.0)
-"""Serve counts a lease as a request whether it is used or not: one that is kept long makes replicas that nobody needs."""
+"""Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
 
 
 class Overloaded(ApiError):

@@ -49,6 +49,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         _apply(model, now, both, wanted, room, log)
         for version in new:
             asyncio.run(_ask(model, version))
+            log(f"deploy: {version} started in {_cold_start(model, version)}")
         if set(both) - set(wanted):
             time.sleep(_SETTLE_S)
             _apply(model, now, wanted, wanted, room, log)
@@ -155,6 +156,15 @@ def _failure(name: str, message: str) -> Exception:
     if "vLLM engine config" in cause:
         return ValueError(f"serving.engine_kwargs: {cause}; give others in {OTHERWISE}")
     return RuntimeError(f"{name} did not come up: {cause}; replicas' logs: {session.logs()}/serve")
+
+
+def _cold_start(model: str, version: str) -> str:
+    """What the start of one of its replicas took, in words."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(version, model).options(method_name="cold_start")
+    parts = handle.remote().result(timeout_s=60)
+    return f"{sum(parts.values()):.0f} s: " + ", ".join(f"{name} {took:.1f} s" for name, took in parts.items())
 
 
 async def _ask(model: str, version: str, timeout_s: float = 120) -> None:
