@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -32,6 +33,22 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def held(path: Path, otherwise: str) -> Iterator[None]:
+    """The lock ``path`` for the block. It goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process has it; with the words ``otherwise``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(otherwise) from None
+        yield
 
 
 @contextmanager

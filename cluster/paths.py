@@ -155,6 +155,11 @@ def compiled_dir(model: str, version: str) -> Path:
     return home() / "compiled" / check_name("a model's name", model) / check_name("a model's version", version)
 
 
+def samples_file(model: str, day: str) -> Path:
+    """Requests to a served model that were kept that day, without personal data."""
+    return home() / "samples" / check_name("a model's name", model) / f"{day}.jsonl"
+
+
 def api_keys_file() -> Path:
     """Who may ask the served models: names, hashes and limits."""
     return home() / "keys.json"
@@ -163,6 +168,12 @@ def api_keys_file() -> Path:
 def serving_state_file() -> Path:
     """Which Ray cluster ``python -m serving deploy`` started, so that ``stop`` ends that one and no other."""
     return home() / "serving.json"
+
+
+def serving_lock_file(model: str) -> Path:
+    """Held by the one command that may bring versions of a model up and let them go."""
+    name = check_name("a model's name", model)
+    return home() / f"serving-{name}.lock"
 
 
 def serving_log() -> Path:

@@ -17,6 +17,7 @@ from serving import events, place
 from serving.counts import Counts
 from serving.errors import ApiError
 from serving.quota import Quota
+from serving.samples import Sampler
 from serving.spec import ServingSpec
 from serving.upstream import Broken, Overloaded, Replies, pieces
 
@@ -46,8 +47,10 @@ class Answer:
         spec: ServingSpec,
         quota: Quota | None,
         count: Count,
+        sampler: Sampler | None = None,
     ) -> None:
         self._body, self._target, self._spec, self._quota, self._count = body, target, spec, quota, count
+        self._sampler = sampler if sampler and sampler.wants() else None
         self._streamed = body.get("stream") is True
         self._started = time.monotonic()
         self._headers: dict[str, str] = {}
@@ -139,13 +142,14 @@ class Answer:
         texts = events.texts(answer)
         counts = self._answered(answer.get("usage") or {}, bad=not all(texts) or self._bad_json(texts))
         self._note(answer.get("id"), counts)
+        self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
 
     async def _stream(self, stack: AsyncExitStack, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Events as they come. A stream that breaks ends with an error event; a client that goes away ends ours."""
         options = self._body.get("stream_options")
         wanted = isinstance(options, dict) and options.get("include_usage") is True
-        stream, first_s = events.Stream(wanted, self._wants_json), None
+        stream, first_s = events.Stream(wanted, self._wants_json or self._sampler is not None), None
         async with stack:
             try:
                 async with asyncio.timeout(self._left_s):
@@ -173,7 +177,16 @@ class Answer:
             if first_s is not None:
                 counts.first_token.add(first_s)
             self._note(stream.id, counts, first_s)
+            if self._sampler:
+                self._keep(stream.id, stream.texts(), counts)
         # neither: the client went away, and that says nothing of the variant
+
+    def _keep(self, identity: str | None, texts: list[str], counts: Counts) -> None:
+        """As a sample, if it is to be one."""
+        if self._sampler and texts:
+            tokens = {"prompt_tokens": counts.prompt_tokens, "completion_tokens": counts.completion_tokens}
+            about = self._target._asdict() | {"id": identity} | tokens
+            self._sampler.take(self._body, texts, **about)
 
     def _bad_json(self, texts: list[str]) -> bool:
         return self._wants_json and not all(map(events.is_json, texts))

@@ -25,6 +25,7 @@ from serving.keys import ApiKey
 from serving.listener import Listener
 from serving.meters import Meters
 from serving.quota import Quota
+from serving.samples import Sampler
 from serving.spec import with_changes
 from serving.traffic import NoSuchVersion, Routes
 from serving.upstream import Replies
@@ -57,6 +58,8 @@ class Ingress:
         application = serve.get_replica_context().app_name  # of ``serve run`` it need not be the model's name
         self._replies, self._delta, self._name = Replies({model: application}), Delta(), os.urandom(8).hex()
         self._meters = Meters()
+        sampling = self._spec.ingress.sampling
+        self._sampler = Sampler(model, sampling) if sampling else None
         self._conductor = serve.get_deployment_handle(CONDUCTOR, application)
         self._background = [asyncio.create_task(self._report())]
 
@@ -240,7 +243,7 @@ class Ingress:
     async def _generate(self, request: Request, path: str) -> Response:
         quota = self._admit(request)
         body, target = await self._asked(request)
-        answer = Answer(body, target, self._spec, quota, self._count)
+        answer = Answer(body, target, self._spec, quota, self._count, self._sampler)
         try:
             return await _unless_gone(request, answer.begin(self._replies, path))
         except TimeoutError:

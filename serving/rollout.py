@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from cluster import session
+from cluster import files, paths, session
 from serving import keys, place, registry
 from serving.place import Deployed, Log
 from serving.spec import with_changes
@@ -40,7 +41,7 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
     now = replace(place.of(version.model, host, port), settings=changes)
     _check_open(now.host)
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
-    with place.cluster(log, start=True):
+    with _alone(version.model), place.cluster(log, start=True):
         import ray
         from ray import serve
 
@@ -99,7 +100,10 @@ def rollback(model: str, log: Log) -> dict[str, Any]:
     if ended := aliases.get(registry.CANARY):
         version = registry.roll_back(model, "rollback")
         log(f"rollback: all of {model} goes to {version}")
-        _keep(model, now, [one for one in now.versions if one != ended], log)
+        try:
+            _keep(model, now, [one for one in now.versions if one != ended], log)
+        except ValueError as error:  # traffic has moved, and that is what somebody was in a hurry for
+            log(f"rollback: {ended} stays warm: {error}")
     else:
         if previous := aliases.get(registry.PREVIOUS):
             _warm(model, now, previous, log)
@@ -164,8 +168,14 @@ def _warm(model: str, now: Deployed, version: str, log: Log) -> None:
 
 
 def _keep(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
-    with place.cluster(log, start=False):
+    with _alone(model), place.cluster(log, start=False):
         bring(model, now, versions, log)
+
+
+def _alone(model: str) -> AbstractContextManager[None]:
+    """Two commands that bring versions of a model up and let them go would undo each other's work."""
+    otherwise = f"{model} is being deployed by another command; wait until that is done"
+    return files.held(paths.serving_lock_file(model), otherwise)
 
 
 def _status_of(model: str, app: Any, now: Deployed | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.entities import REGIONS, Region
 from cluster.settings import one_line
 
 _WORKERS = ("tensor_parallel_size", "pipeline_parallel_size")
@@ -91,6 +92,14 @@ class CanarySpec(_Spec):
         return self
 
 
+class SamplingSpec(_Spec):
+    """Answered requests that are kept, redacted, in ``WINNOW_HOME/samples``. Without this section none is."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Of all answered requests.")
+    max_per_minute: Annotated[float, Field(gt=0)] = Field(60, description="Of each ingress replica.")
+    regions: tuple[Region, ...] = Field(REGIONS, description="Countries whose national ids are looked for.")
+
+
 class IngressSpec(_Spec):
     """The HTTP front of a model."""
 
@@ -98,6 +107,7 @@ class IngressSpec(_Spec):
     cors_origins: tuple[str, ...] = Field((), description="Origins of pages that may call this from a browser.")
     json_answers: bool = Field(False, description="Every answer has to be JSON; what is not counts as invalid.")
     limits: LimitsSpec = LimitsSpec()
+    sampling: SamplingSpec | None = None
 
 
 class ServingSpec(_Spec):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -199,16 +198,10 @@ def _wall_before(run_id: str) -> float:
     return files.read_json(file)["wall_s"] if file.exists() else 0.0
 
 
-@contextmanager
-def _only_driver(run_id: str) -> Iterator[None]:
+def _only_driver(run_id: str) -> AbstractContextManager[None]:
     """Two drivers on one run would both start its trials; the second is refused."""
-    file = paths.lock_file(run_id)
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"run {run_id!r} is being driven by another process; wait for it or stop it") from None
-        yield
+    otherwise = f"run {run_id!r} is being driven by another process; wait for it or stop it"
+    return files.held(paths.lock_file(run_id), otherwise)
 
 
 @contextmanager

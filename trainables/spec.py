@@ -6,12 +6,13 @@ Fields keep the names of the library that they configure: transformers', peft's,
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster import paths
+from cluster.entities import ENTITIES, REGIONS, Entity, Region
 
 SamplingStrategy = Literal["random", "group_by_length"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -102,10 +103,6 @@ class ShareSpec(Spec):
         return self
 
 
-Entity = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS", "NATIONAL_ID", "API_KEY"]
-Region = Literal["AU", "CA", "DE", "ES", "FI", "FR", "GB", "IN", "IT", "KR", "PL", "SE", "SG", "TH", "TR", "US"]
-
-
 class PersonalDataSpec(Spec):
     """What is done about personal data and secrets in the examples."""
 
@@ -114,9 +111,9 @@ class PersonalDataSpec(Spec):
         description="report counts; redact puts placeholders such as <EMAIL_ADDRESS_1>, in one example the same for "
         "the same value; reject leaves the example out.",
     )
-    entities: tuple[Entity, ...] = Field(get_args(Entity), min_length=1)
+    entities: tuple[Entity, ...] = Field(ENTITIES, min_length=1)
     regions: tuple[Region, ...] = Field(
-        ("US", "GB", "DE", "FR", "ES", "IT"),
+        REGIONS,
         description="Countries whose national ids, and whose phone numbers without a country code, are looked for.",
     )
 

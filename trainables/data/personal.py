@@ -1,83 +1,17 @@
-"""Personal data and secrets in examples: found by Presidio's and detect-secrets' recognisers, without any model.
+"""Personal data and secrets in examples: reported, redacted, or their examples left out.
 
 What was found is never handed on: counts and findings name its kind and its place.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import presidio_analyzer.predefined_recognizers as presidio
-import tldextract
-from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-from detect_secrets.plugins.base import RegexBasedDetector
-from detect_secrets.plugins.ip_public import IPPublicDetector
-from detect_secrets.plugins.private_key import PrivateKeyDetector
-from presidio_analyzer import EntityRecognizer, Pattern, PatternRecognizer
-
+from cluster.personal import Recogniser, Redaction
 from trainables.data.formats import Example
 from trainables.spec import PersonalDataSpec
-
-CERTAIN = 0.4
-"""Presidio's score from which a match counts: below it stand bare runs of digits that need context to mean anything."""
-
-_NATIONAL_IDS: dict[str, tuple[Callable[[], EntityRecognizer], ...]] = {
-    "AU": (presidio.AuTfnRecognizer, presidio.AuMedicareRecognizer),
-    "CA": (presidio.CaSinRecognizer,),
-    "DE": (presidio.DeTaxIdRecognizer,),
-    "ES": (presidio.EsNifRecognizer, presidio.EsNieRecognizer),
-    "FI": (presidio.FiPersonalIdentityCodeRecognizer,),
-    "FR": (),
-    "GB": (presidio.UkNinoRecognizer, presidio.NhsRecognizer),
-    "IN": (presidio.InAadhaarRecognizer, presidio.InPanRecognizer),
-    "IT": (presidio.ItFiscalCodeRecognizer,),
-    "KR": (presidio.KrRrnRecognizer,),
-    "PL": (presidio.PlPeselRecognizer,),
-    "SE": (presidio.SePersonnummerRecognizer,),
-    "SG": (presidio.SgFinRecognizer,),
-    "TH": (presidio.ThTninRecognizer,),
-    "TR": (presidio.TrNationalIdRecognizer,),
-    "US": (presidio.UsSsnRecognizer, presidio.UsItinRecognizer),
-}
-
-_OTHER_KEYS = PatternRecognizer(
-    "API_KEY",
-    patterns=[
-        Pattern("private key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", 1.0),
-        Pattern("JSON Web Token", r"\beyJ[\w-]+\.eyJ[\w-]+\.[\w-]*", 1.0),
-        Pattern("Anthropic", r"\bsk-ant-[\w-]{20,}", 1.0),
-        Pattern("OpenAI", r"\bsk-(?:proj|svcacct|admin)-[\w-]{20,}", 1.0),
-        Pattern("Hugging Face", r"\bhf_[A-Za-z0-9]{30,}", 1.0),
-        Pattern("Google", r"\bAIza[\w-]{35}", 1.0),
-    ],
-    global_regex_flags=re.DOTALL,  # Presidio's own default would ignore case
-)
-"""Keys that detect-secrets does not know, and whole ones where it finds their first part."""
-
-_LEAST_DIGITS = 9
-
-_NO_MODEL: Any = None
-"""What a language model would say of a text; recognisers by form do without."""
-
-_UNMISTAKABLE = 2.0
-"""Certainty of a key: it goes before anything that Presidio finds inside it."""
-
-_Found = tuple[int, int, str, float]
-"""Start, end, entity, certainty."""
-
-
-class _Email(presidio.EmailRecognizer):
-    """Presidio's, with the list of public suffixes that tldextract brings: its default asks the network for one."""
-
-    suffixes = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
-
-    def validate_result(self, pattern_text: str) -> bool:
-        return self.suffixes(pattern_text).fqdn != ""
 
 
 @dataclass
@@ -90,89 +24,15 @@ class Account:
     """Every example with a finding: where it stands, and how many of which entity."""
 
 
-class Recogniser:
-    """Finds what ``spec`` names."""
-
-    def __init__(self, spec: PersonalDataSpec) -> None:
-        wanted = set(spec.entities)
-        self._presidio: list[tuple[str, EntityRecognizer]] = [
-            (entity, recogniser) for entity, recogniser in _recognisers(spec) if entity in wanted
-        ]
-        self._keys = _key_patterns() if "API_KEY" in wanted else []
-
-    def find(self, text: str) -> list[tuple[int, int, str]]:
-        """Start, end and entity of everything found, none over another: the more certain, then the longer one stays."""
-        found = sorted(self._all(text), key=lambda one: (-one[3], one[0] - one[1]))
-        kept: list[tuple[int, int, str]] = []
-        for start, end, entity, _ in found:
-            if all(end <= other_start or other_end <= start for other_start, other_end, _ in kept):
-                kept.append((start, end, entity))
-        return sorted(kept)
-
-    def _all(self, text: str) -> Iterator[_Found]:
-        for entity, recogniser in self._presidio:
-            for one in recogniser.analyze(text, recogniser.supported_entities, _NO_MODEL):
-                if one.score >= CERTAIN and not (entity == "PHONE_NUMBER" and _is_short(text[one.start : one.end])):
-                    yield one.start, one.end, entity, _UNMISTAKABLE if entity == "API_KEY" else one.score
-        for pattern in self._keys:
-            yield from ((match.start(), match.end(), "API_KEY", _UNMISTAKABLE) for match in pattern.finditer(text))
-
-
 def look_through(examples: Iterable[Example], spec: PersonalDataSpec) -> tuple[list[Example], Account]:
     """Examples as ``spec.action`` (any but ``off``) leaves them, and the account of what was found in them."""
-    recogniser, account, left = Recogniser(spec), Account(), []
+    recogniser, account, left = Recogniser(spec.entities, spec.regions), Account(), []
     for example in examples:
-        seen: dict[tuple[str, str], str] = {}
-        counts = Counter[str]()
-        redacted = example.with_texts(partial(_redact, recogniser.find, seen, counts))
-        if counts:
+        redact = Redaction(recogniser)
+        redacted = example.with_texts(redact)
+        if counts := redact.counts:
             account.values.update(counts)
             account.places.append((example.place, dict(counts)))
         if not counts or spec.action != "reject":
             left.append(redacted if spec.action == "redact" else example)
     return left, account
-
-
-def _redact(
-    find: Callable[[str], list[tuple[int, int, str]]],
-    seen: dict[tuple[str, str], str],
-    counts: Counter[str],
-    text: str,
-) -> str:
-    """``text`` with placeholders; ``seen`` holds those of the example so far, ``counts`` grows by what was found."""
-    pieces, last = [], 0
-    for start, end, entity in find(text):
-        counts[entity] += 1
-        value = entity, _folded(text[start:end])
-        numbered = f"<{entity}_{1 + sum(known == entity for known, _ in seen)}>"
-        pieces += [text[last:start], seen.setdefault(value, numbered)]
-        last = end
-    return "".join([*pieces, text[last:]])
-
-
-def _is_short(number: str) -> bool:
-    """Whether a phone number could as well be any number: a bare run of few digits, as some countries have them."""
-    return number.isdigit() and len(number) < _LEAST_DIGITS
-
-
-def _folded(value: str) -> str:
-    """One person's number or address, however it is written: letters and digits alone, in one case."""
-    return "".join(character for character in value.casefold() if character.isalnum() or character == "@")
-
-
-def _recognisers(spec: PersonalDataSpec) -> Iterator[tuple[str, EntityRecognizer]]:
-    yield "EMAIL_ADDRESS", _Email()
-    yield "PHONE_NUMBER", presidio.PhoneRecognizer(supported_regions=spec.regions)
-    yield "CREDIT_CARD", presidio.CreditCardRecognizer()
-    yield "IBAN_CODE", presidio.IbanRecognizer()
-    yield "IP_ADDRESS", presidio.IpRecognizer()
-    yield "API_KEY", _OTHER_KEYS
-    yield from (("NATIONAL_ID", kind()) for region in spec.regions for kind in _NATIONAL_IDS[region])
-
-
-def _key_patterns() -> list[re.Pattern[str]]:
-    """Of all kinds of key that detect-secrets knows by their form; not of what it guesses by entropy."""
-    others = (IPPublicDetector, PrivateKeyDetector)
-    kinds: dict[str, Any] = get_mapping_from_secret_type_to_class()
-    known = [kind for kind in kinds.values() if issubclass(kind, RegexBasedDetector) and not issubclass(kind, others)]
-    return [pattern for kind in known for pattern in kind().denylist]

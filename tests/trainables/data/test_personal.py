@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
+from cluster.personal import Recogniser
 from trainables.data.formats import Example
-from trainables.data.personal import Recogniser, look_through
+from trainables.data.personal import look_through
 from trainables.spec import PersonalDataSpec
 
 FOUND = {
@@ -38,7 +39,7 @@ NOT_FOUND = [
 
 @pytest.fixture(scope="module")
 def recogniser() -> Recogniser:
-    return Recogniser(PersonalDataSpec())
+    return Recogniser()
 
 
 @pytest.mark.parametrize("value", FOUND)
@@ -65,7 +66,7 @@ def test_no_network_is_asked(recogniser: Recogniser, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert Recogniser(PersonalDataSpec()).find("ada@example.co.uk")
+    assert Recogniser().find("ada@example.co.uk")
 
 
 def test_one_value_has_one_placeholder_in_an_example_however_it_is_written() -> None:
@@ -87,6 +88,6 @@ def test_one_value_has_one_placeholder_in_an_example_however_it_is_written() -> 
 
 def test_regions_and_kinds_are_the_definitions() -> None:
     pesel = "my number is 44051401359"
-    assert not Recogniser(PersonalDataSpec()).find(pesel)
-    assert [one[2] for one in Recogniser(PersonalDataSpec(regions=("PL",))).find(pesel)] == ["NATIONAL_ID"]
-    assert not Recogniser(PersonalDataSpec(entities=("API_KEY",))).find("ada@example.com")
+    assert not Recogniser().find(pesel)
+    assert [one[2] for one in Recogniser(regions=("PL",)).find(pesel)] == ["NATIONAL_ID"]
+    assert not Recogniser(("API_KEY",)).find("ada@example.com")
