@@ -90,9 +90,10 @@ class Soak:
     root: psutil.Process
     asked: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
-    sizes: dict[tuple[int, str], list[tuple[float, float, int]]] = field(default_factory=dict)
-    """By process: when, MiB that are its own, and open files."""
-    families: list[set[tuple[int, str]]] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    sizes: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    """By process: MiB that are its own, and open files."""
+    families: list[set[int]] = field(default_factory=list)
 
     def sample(self) -> None:
         family = set()
@@ -101,12 +102,12 @@ class Soak:
                 with process.oneshot():
                     if process.status() == psutil.STATUS_ZOMBIE:
                         continue
-                    who = (process.pid, _role(process))
-                    seen = (time.monotonic(), process.memory_full_info().uss / 2**20, process.num_fds())
+                    seen = (process.memory_full_info().uss / 2**20, process.num_fds())
+                    self.names[process.pid] = _role(process)
             except psutil.NoSuchProcess:
                 continue
-            family.add(who)
-            self.sizes.setdefault(who, []).append(seen)
+            family.add(process.pid)
+            self.sizes.setdefault(process.pid, []).append(seen)
         self.families.append(family)
 
 
@@ -158,8 +159,9 @@ async def _client(soak: Soak, asker: Asker, until: float, pause_s: float) -> Non
 
 
 def _result(soak: Soak, seconds: float) -> dict[str, Any]:
-    processes = [_process(who[1], seen) for who, seen in soak.sizes.items() if who in soak.families[-1]]
-    leaked = [f"{name} {pid}" for pid, name in sorted(soak.families[-1] - soak.families[0]) if not _comes(name)]
+    processes = [_process(soak.names[pid], soak.sizes[pid]) for pid in soak.families[-1]]
+    came = [soak.names[pid] for pid in sorted(soak.families[-1] - soak.families[0])]
+    leaked = [name for name in came if not name.startswith("ray::IDLE")]  # Ray keeps a few ready; they come and go
     return {
         "seconds": seconds,
         "asked": dict(soak.asked),
@@ -170,11 +172,11 @@ def _result(soak: Soak, seconds: float) -> dict[str, Any]:
     }
 
 
-def _process(name: str, seen: list[tuple[float, float, int]]) -> dict[str, Any]:
+def _process(name: str, seen: list[tuple[float, int]]) -> dict[str, Any]:
     fifth = max(1, len(seen) // 5)
     early, late = seen[fifth : 2 * fifth] or seen[:1], seen[-fifth:]
-    before, after = (statistics.median(mib for _, mib, _ in part) for part in (early, late))
-    files_before, files_after = (statistics.median(files for *_, files in part) for part in (early, late))
+    before, after = (statistics.median(mib for mib, _ in part) for part in (early, late))
+    files_before, files_after = (statistics.median(files for _, files in part) for part in (early, late))
     return {
         "process": name,
         "mib": round(after, 1),
@@ -186,15 +188,11 @@ def _process(name: str, seen: list[tuple[float, float, int]]) -> dict[str, Any]:
 
 
 def _role(process: psutil.Process) -> str:
-    """What a process is, by its command line, without paths or numbers."""
+    """What a process is, by its command line, without paths; of Ray's without the method that it is at."""
     command = process.cmdline() or [process.name()]
-    title = command[0] if "::" in command[0] else " ".join(part for part in command[:3] if not part.startswith("-"))
-    return re.sub(r"\S*/", "", title)[:60]
-
-
-def _comes(name: str) -> bool:
-    """Ray keeps a few idle workers ready, which come and go."""
-    return name.startswith("ray::IDLE")
+    if command[0].startswith("ray::"):
+        return command[0].partition(".")[0]
+    return re.sub(r"\S*/", "", " ".join(part for part in command[:3] if not part.startswith("-")))[:60].strip()
 
 
 @contextmanager

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
 
 _BACKLOG = 2048
+_LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 0.2
+"""How long, at the end, clients are told with their answers to connect elsewhere; and then, with no new connection,
+how long what was connected last has to send its request."""
 
 
 class Listener:
@@ -30,9 +34,15 @@ class Listener:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._socket.bind((host, port))
         self._socket.listen(_BACKLOG)  # whoever connects before uvicorn is up waits
+        self._closing = False
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application, lifespan="off", access_log=False, log_config=None, timeout_keep_alive=60, backlog=_BACKLOG
+                self._told(application),
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                timeout_keep_alive=60,
+                backlog=_BACKLOG,
             )
         )
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
@@ -43,6 +53,42 @@ class Listener:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def close(self) -> None:
-        """Take no more connections, finish what has begun, and end."""
+        """End, and lose no request: a client that keeps its connection may be sending the next one at any moment."""
+        self._closing = True
+        await asyncio.sleep(_LAST_ANSWERS_S)
+        waiting = self._not_yet_accepted()
+        for server in self._server.servers:
+            server.close()
+        for connection in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(_LAST_REQUESTS_S)
         self._server.should_exit = True
         await self._task
+
+    def _not_yet_accepted(self) -> list[socket.socket]:
+        """Connections that the kernel made and would reset when the port closes."""
+        found = []
+        with suppress(BlockingIOError), self._socket.dup() as port:
+            port.setblocking(False)
+            while True:
+                found.append(port.accept()[0])
+        return found
+
+    def _protocol(self) -> asyncio.Protocol:
+        """As uvicorn makes one for a connection."""
+        config = self._server.config
+        made = config.http_protocol_class(  # type: ignore[call-arg, operator, union-attr]
+            config=config, server_state=self._server.server_state, app_state=self._server.lifespan.state
+        )
+        return made
+
+    def _told(self, application: Any) -> Any:
+        async def telling(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            async def last(message: dict[str, Any]) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                await send(message)
+
+            await application(scope, receive, last if self._closing else send)
+
+        return telling

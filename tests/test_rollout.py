@@ -282,6 +282,37 @@ def test_no_request_that_the_openapi_document_allows_or_forbids_breaks_the_serve
     assert "Tested: 8" in done.stdout
 
 
+def test_the_official_client_finds_every_route_and_every_error(quickstart, client) -> None:
+    told = [one.model_dump() for one in client.models.list()]
+    assert [one["id"] for one in told] == ["tickets"]
+    assert client.models.retrieve("tickets@production").id == "tickets@production"
+    wanted = {"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(model="tickets", messages=ASKED, **wanted)
+    streamed = list(
+        client.chat.completions.create(
+            model="tickets", messages=ASKED, stream=True, stream_options={"include_usage": True}, **wanted
+        )
+    )
+    assert "".join(one.choices[0].delta.content or "" for one in streamed[:-1]) == whole.choices[0].message.content
+    assert streamed[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 8
+    text = client.completions.create(model="tickets", prompt="lemon", **wanted)
+    pieces = list(client.completions.create(model="tickets", prompt="lemon", stream=True, **wanted))
+    assert "".join(one.choices[0].text for one in pieces) == text.choices[0].text
+    tool = {"type": "function", "function": {"name": "refund", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(openai.BadRequestError, match="tool"):  # as vLLM does without a parser for the model's calls
+        client.chat.completions.create(model="tickets", messages=ASKED, tools=[tool])
+    for error, asked in (
+        (openai.BadRequestError, {"model": "tickets", "temperature": -1}),
+        (openai.NotFoundError, {"model": "lime"}),
+        (openai.APIStatusError, {"model": "tickets", "user": "x" * 2_000_000}),
+    ):
+        with pytest.raises(error) as caught:
+            client.chat.completions.create(messages=ASKED, **asked)
+        assert caught.value.body["message"]
+    assert caught.value.status_code == 413
+
+
 def test_clients_that_go_away_free_their_places(quickstart, client) -> None:
     host, port = quickstart["url"].removeprefix("http://").removesuffix("/v1").split(":")
 
@@ -356,16 +387,38 @@ def test_an_ingress_that_dies_takes_only_its_own_connections_with_it(quickstart,
 
 
 def _one_of(quickstart, name: str) -> psutil.Process:
-    """A process of this endpoint's cluster, and of no other."""
-    head = json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"]
-    found = [one for one in psutil.Process(head).children(recursive=True) if name in " ".join(one.cmdline())]
+    found = _found(quickstart, name)
     assert found, name
     return found[0]
 
 
+def _found(quickstart, name: str) -> list[psutil.Process]:
+    """Processes of this endpoint's cluster, and of no other."""
+    head = json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"]
+    family = psutil.Process(head).children(recursive=True)
+    return [one for one in family if one.status() != psutil.STATUS_ZOMBIE and name in " ".join(one.cmdline())]
+
+
+def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) -> None:
+    script = [sys.executable, ROOT / "scripts/soak_serving.py", "--json", "--seconds", "20", "--pause", "0.02"]
+    done = subprocess.run(
+        [*script, "--url", quickstart["url"], "--model", "tickets"],
+        env=quickstart["env"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert (told["failed"], told["leaked"]) == ({}, [])
+    assert set(told["asked"]) == {"streamed", "whole", "as_json", "tokens", "mistaken", "leaving"}
+    assert {one["process"] for one in told["processes"]} >= {"VLLM::EngineCore", "ray::ServeReplica:tickets:ingress"}
+
+
 def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, client, tmp_path: Path) -> None:
     with fake_judge.serve() as other:
-        settings = {"fallback": {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}}
+        fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
+        settings = {"fallback": fallback, "ingress": {"sampling": {"share": 1}}}
         (tmp_path / "settings.yaml").write_text(json.dumps(settings))
         engines = _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid
         serving(quickstart, "deploy", "tickets", "--settings", str(tmp_path / "settings.yaml"))
@@ -374,6 +427,33 @@ def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, clie
         assert reply.parse().choices[0].message.content == "ok"
         assert other.requests[-1]["model"] == "elsewhere"
         assert _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid == engines, "no engine was started anew"
+    time.sleep(1)  # it is written after the answer
+    *_, sample = sorted((quickstart["home"] / "samples/tickets").glob("*.jsonl"))
+    kept = json.loads(sample.read_text().splitlines()[-1])
+    assert kept["messages"] == [*ASKED, {"role": "assistant", "content": "ok"}]
+    assert (kept["variant"], kept["model"]) == ("fallback", "elsewhere")
+
+
+def test_new_settings_replace_an_engine_under_load_and_lose_nothing(quickstart, versions, client, tmp_path) -> None:
+    before = _one_of(quickstart, "VLLM::EngineCore").pid
+    scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 3, "look_back_period_s": 11}
+    engine = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+    (tmp_path / "settings.yaml").write_text(json.dumps({"engine_kwargs": engine, "autoscaling_config": scaling}))
+    with load(client, 3, pause_s=0.1) as seen:
+        done = winnow("serving", "deploy", "tickets", "--settings", tmp_path / "settings.yaml", env=quickstart["env"])
+        assert done.returncode == 0, done.stderr
+        time.sleep(3)
+    assert seen["errors"] == []
+    assert _one_of(quickstart, "VLLM::EngineCore").pid != before
+
+
+def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client) -> None:
+    deadline = time.monotonic() + 90
+    while _found(quickstart, "VLLM::EngineCore") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not _found(quickstart, "VLLM::EngineCore")
+    assert ask(client).status_code == 200
+    assert _found(quickstart, "VLLM::EngineCore")
 
 
 def test_stop_ends_all_of_it(quickstart) -> None:
