@@ -1,8 +1,9 @@
 """One merged model behind Winnow and behind bare vLLM, asked in turns: ``python scripts/bench_serving.py --json``.
 
-Both are up at once with the same engine settings on the same cores, and only one is asked at a time: for each round
-and concurrency first the one, then the other. Every request streams a fixed number of tokens. Needs no account and no
-network: the model is the tiny base, barely trained, unless ``--model`` names a registered one.
+Beside them bare vLLM with an adapter on that model at run time, as it would be without a merge. All are up at once
+with the same engine settings on the same cores, and only one is asked at a time, in turns for each round and
+concurrency. Every request streams a fixed number of tokens. Needs no account and no network: the model is the tiny
+base, barely trained, unless ``--model`` names a registered one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +36,10 @@ def main() -> int:
         serving_load.model(arguments.model, SERVING) as model,
         serving_load.deployed(model) as ours,
         _bare(model) as bare,
+        _adapter(model) as adapter,
     ):
         os.nice(19)  # Ray's workers run at 15: whoever asks comes after both sides alike
-        runs = asyncio.run(measure({"winnow": ours, "bare": bare}, model, arguments))
+        runs = asyncio.run(measure({"winnow": ours, "bare": bare, "adapter": adapter}, model, arguments))
     for run in runs:
         print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
     if arguments.json:
@@ -45,7 +48,7 @@ def main() -> int:
 
 
 async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians over the rounds, for each concurrency; ratios are Winnow over bare."""
+    """Medians over the rounds, for each concurrency; ratios are Winnow over bare, and bare over the adapter."""
     found: dict[int, dict[str, list[dict[str, float]]]] = {
         c: {side: [] for side in urls} for c in arguments.concurrency
     }
@@ -55,6 +58,11 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
                 for side, url in urls.items():
                     requests = max(arguments.requests, 16 * concurrency)
                     one = await _load(session, url, model, concurrency, requests, arguments.tokens)
+                    told = "  ".join(f"{key} {value:.4g}" for key, value in one.items())
+                    print(
+                        f"round {turn + 1} of {arguments.rounds}, {concurrency} at once, {side}: {told}",
+                        file=sys.stderr,
+                    )
                     if turn >= 0:
                         found[concurrency][side].append(one)
     return [_compared(concurrency, sides) for concurrency, sides in found.items()]
@@ -64,8 +72,9 @@ def _compared(concurrency: int, sides: dict[str, list[dict[str, float]]]) -> dic
     run: dict[str, Any] = {"concurrency": concurrency}
     for key, name in (("tokens_s", "throughput"), ("ttft_s", "ttft"), ("token_s", "time_per_token")):
         values = {side: statistics.median(one[key] for one in rounds) for side, rounds in sides.items()}
-        ratios = [mine[key] / theirs[key] for mine, theirs in zip(sides["winnow"], sides["bare"], strict=True)]
-        run |= {f"{name}_ratio": round(statistics.median(ratios), 3)}
+        for ratio, (one, other) in {"ratio": ("winnow", "bare"), "merged_over_adapter": ("bare", "adapter")}.items():
+            ratios = [mine[key] / theirs[key] for mine, theirs in zip(sides[one], sides[other], strict=True)]
+            run |= {f"{name}_{ratio}": round(statistics.median(ratios), 3)}
         run |= {f"{side}_{key}": round(value, 5) for side, value in values.items()}
     return run
 
@@ -94,20 +103,38 @@ async def _load(
 
 
 @contextmanager
-def _bare(model: str) -> Iterator[str]:
-    """vLLM's own server with the settings that the version was registered with."""
+def _adapter(model: str) -> Iterator[str]:
+    """vLLM's own server with an adapter of rank 16 on all linear layers, of random weights, under the model's name."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from serving import registry
+
+    with tempfile.TemporaryDirectory() as directory:
+        base = AutoModelForCausalLM.from_pretrained(registry.find(model).path, dtype=torch.float32)
+        adapter = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(base, adapter).save_pretrained(directory)
+        lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"{model}={directory}"]
+        with _bare(model, "without-adapter", lora) as url:
+            yield url
+
+
+@contextmanager
+def _bare(model: str, name: str = "", more: Sequence[str] = ()) -> Iterator[str]:
+    """vLLM's own server, as ``name``, with the settings that the version was registered with and ``more`` options."""
     from serving import engine, registry
     from serving.spec import with_changes
 
     version, port = registry.find(model), serving_load.free_port()
     spec = with_changes(version.record["serving"], {})
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(version.path)]
-    command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", name or model, "--host", "127.0.0.1", "--port", str(port)]
     for name, value in engine.engine_kwargs(spec).items():
         option = "--" + name.replace("_", "-")
         command += [option] if value is True else [option, json.dumps(value) if isinstance(value, dict) else str(value)]
     environment = os.environ | engine.environment(spec) | {"OMP_NUM_THREADS": "1"}
-    command += ["--disable-uvicorn-access-log"]
+    command += ["--disable-uvicorn-access-log", *more]
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process)

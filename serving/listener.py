@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 _BACKLOG = 2048
-_LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 0.2
+_LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 1.0
 """How long, at the end, clients are told with their answers to connect elsewhere; and then, with no new connection,
 how long what was connected last has to send its request."""
 

@@ -415,39 +415,45 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
     assert {one["process"] for one in told["processes"]} >= {"VLLM::EngineCore", "ray::ServeReplica:tickets:ingress"}
 
 
+ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+
+
+def deploy(quickstart, file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps({"engine_kwargs": ENGINE} | settings))
+    done = winnow("serving", "deploy", "tickets", "--settings", file, env=quickstart["env"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(quickstart, client, tmp_path) -> None:
+    names = ("VLLM::EngineCore", "ServeReplica:tickets:ingress")
+    before = {one.pid for name in names for one in _found(quickstart, name)}
+    with load(client, 3, pause_s=0.1) as seen:
+        deploy(quickstart, tmp_path / "settings.yaml", ingress={"sampling": {"share": 1}})
+        time.sleep(3)
+    assert seen["errors"] == []
+    assert not before & {one.pid for name in names for one in _found(quickstart, name)}
+    time.sleep(1)  # a sample is written after its answer
+    *_, samples = sorted((quickstart["home"] / "samples/tickets").glob("*.jsonl"))
+    kept = json.loads(samples.read_text().splitlines()[-1])
+    assert kept["messages"][:-1] == ASKED
+    assert kept["messages"][-1]["role"] == "assistant"
+
+
 def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, client, tmp_path: Path) -> None:
     with fake_judge.serve() as other:
         fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
-        settings = {"fallback": fallback, "ingress": {"sampling": {"share": 1}}}
-        (tmp_path / "settings.yaml").write_text(json.dumps(settings))
         engines = _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid
-        serving(quickstart, "deploy", "tickets", "--settings", str(tmp_path / "settings.yaml"))
+        deploy(quickstart, tmp_path / "settings.yaml", fallback=fallback)
         reply = ask(client)
         assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
         assert reply.parse().choices[0].message.content == "ok"
         assert other.requests[-1]["model"] == "elsewhere"
         assert _one_of(quickstart, f"ServeReplica:tickets:{versions[0]}").pid == engines, "no engine was started anew"
-    time.sleep(1)  # it is written after the answer
-    *_, sample = sorted((quickstart["home"] / "samples/tickets").glob("*.jsonl"))
-    kept = json.loads(sample.read_text().splitlines()[-1])
-    assert kept["messages"] == [*ASKED, {"role": "assistant", "content": "ok"}]
-    assert (kept["variant"], kept["model"]) == ("fallback", "elsewhere")
 
 
-def test_new_settings_replace_an_engine_under_load_and_lose_nothing(quickstart, versions, client, tmp_path) -> None:
-    before = _one_of(quickstart, "VLLM::EngineCore").pid
+def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
     scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 3, "look_back_period_s": 11}
-    engine = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
-    (tmp_path / "settings.yaml").write_text(json.dumps({"engine_kwargs": engine, "autoscaling_config": scaling}))
-    with load(client, 3, pause_s=0.1) as seen:
-        done = winnow("serving", "deploy", "tickets", "--settings", tmp_path / "settings.yaml", env=quickstart["env"])
-        assert done.returncode == 0, done.stderr
-        time.sleep(3)
-    assert seen["errors"] == []
-    assert _one_of(quickstart, "VLLM::EngineCore").pid != before
-
-
-def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client) -> None:
+    deploy(quickstart, tmp_path / "settings.yaml", autoscaling_config=scaling)
     deadline = time.monotonic() + 90
     while _found(quickstart, "VLLM::EngineCore") and time.monotonic() < deadline:
         time.sleep(0.5)
