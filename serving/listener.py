@@ -77,10 +77,9 @@ class Listener:
     def _protocol(self) -> asyncio.Protocol:
         """As uvicorn makes one for a connection."""
         config = self._server.config
-        made = config.http_protocol_class(  # type: ignore[call-arg, operator, union-attr]
+        return config.http_protocol_class(  # type: ignore[operator, union-attr, no-any-return]
             config=config, server_state=self._server.server_state, app_state=self._server.lifespan.state
         )
-        return made
 
     def _told(self, application: Any) -> Any:
         async def telling(scope: dict[str, Any], receive: Any, send: Any) -> None:
