@@ -74,12 +74,11 @@ class Listener:
                 found.append(port.accept()[0])
         return found
 
-    def _protocol(self) -> asyncio.Protocol:
+    def _protocol(self) -> Any:
         """As uvicorn makes one for a connection."""
-        config = self._server.config
-        return config.http_protocol_class(  # type: ignore[operator, union-attr, no-any-return]
-            config=config, server_state=self._server.server_state, app_state=self._server.lifespan.state
-        )
+        server, make = self._server, self._server.config.http_protocol_class
+        arguments: Any = {"server_state": server.server_state, "app_state": server.lifespan.state}
+        return make(config=server.config, **arguments)  # type: ignore[operator]  # a class, once it serves
 
     def _told(self, application: Any) -> Any:
         async def telling(scope: dict[str, Any], receive: Any, send: Any) -> None:
