@@ -76,9 +76,9 @@ class Listener:
 
     def _protocol(self) -> Any:
         """As uvicorn makes one for a connection."""
-        server, make = self._server, self._server.config.http_protocol_class
-        arguments: Any = {"server_state": server.server_state, "app_state": server.lifespan.state}
-        return make(config=server.config, **arguments)  # type: ignore[operator]  # a class, once it serves
+        server = self._server
+        make: Any = server.config.http_protocol_class  # a class, once it serves
+        return make(config=server.config, server_state=server.server_state, app_state=server.lifespan.state)
 
     def _told(self, application: Any) -> Any:
         async def telling(scope: dict[str, Any], receive: Any, send: Any) -> None:
