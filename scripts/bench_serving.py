@@ -27,13 +27,11 @@ import aiohttp
 
 import serving_load
 
-SERVING = {"engine_kwargs": serving_load.ENGINE, "max_ongoing_requests": 64}
-
 
 def main() -> int:
     arguments = _arguments()
     with (
-        serving_load.model(arguments.model, SERVING) as model,
+        serving_load.model(arguments.model, serving_load.SERVING) as model,
         serving_load.deployed(model) as ours,
         _bare(model) as bare,
         _adapter(model) as adapter,

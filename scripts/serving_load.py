@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 NAME = "bench"
 ENGINE = {"max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True, "dtype": "float32"}
+SERVING = {"engine_kwargs": ENGINE, "max_ongoing_requests": 64}
 
 
 class Timed(NamedTuple):

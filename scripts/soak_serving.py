@@ -28,7 +28,6 @@ import psutil
 
 import serving_load
 
-SERVING = {"engine_kwargs": serving_load.ENGINE, "max_ongoing_requests": 64}
 GROWTH = 0.10
 """By how much a process may be larger at the end than after its first fifth, and at least ``SLACK_MIB``."""
 SLACK_MIB = 8.0
@@ -205,7 +204,7 @@ def _endpoint(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
         assert head, "WINNOW_HOME has an endpoint that deploy started"
         yield arguments.url, arguments.model, head.pid
         return
-    with serving_load.model(arguments.model, SERVING) as name, serving_load.deployed(name) as url:
+    with serving_load.model(arguments.model, serving_load.SERVING) as name, serving_load.deployed(name) as url:
         head = place.own_head()
         assert head, "deployed"
         yield url, name, head.pid

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster import paths
 from serving.samples import Sampler, conversation
 from serving.spec import SamplingSpec
 
@@ -76,4 +75,3 @@ def test_only_a_share_is_kept_and_no_more_than_so_many_a_minute(home: Path, monk
     assert sum(limited.wants() for _ in range(1000)) == 30
     now = 70.0
     assert sum(limited.wants() for _ in range(1000)) == 5
-    assert not paths.samples_file("tickets", "2026-01-01").exists()
