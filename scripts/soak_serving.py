@@ -2,8 +2,9 @@
 
 Streams, whole answers, JSON by a schema, feedback, tokens, mistakes, and clients that leave in the middle, one hour of
 it unless ``--seconds`` says otherwise. Memory and open files of every process under the endpoint's head node are
-sampled all the while. Exit status 1 where a request failed that should not have, a process stayed that was not there
-before, or a process kept growing. Without ``--url`` a tiny model is made and deployed here.
+sampled all the while. Exit status 1 where a request failed that should not have, a process stayed that no replica of
+Serve's has use for, or one that was there from the first kept growing. Without ``--url`` a tiny model is made and
+deployed here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import os
 import random
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,9 @@ GROWTH = 0.10
 """By how much a process may be larger at the end than after its first fifth, and at least ``SLACK_MIB``."""
 SLACK_MIB = 8.0
 _SAMPLES = 100
+_SETTLED_S = 120.0
+"""How long replicas may take to come, or to go, before and after the traffic."""
+_REPLICA = "ray::ServeReplica"
 _SCHEMA = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
 
 
@@ -93,9 +98,12 @@ class Soak:
     sizes: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     """By process: MiB that are its own, and open files."""
     families: list[set[int]] = field(default_factory=list)
+    of_replicas: set[int] = field(default_factory=set)
+    """At the last sample: replicas, and what they started."""
 
     def sample(self) -> None:
         family = set()
+        self.of_replicas = set()
         for process in [self.root, *self.root.children(recursive=True)]:
             try:
                 with process.oneshot():
@@ -103,11 +111,21 @@ class Soak:
                         continue
                     seen = (process.memory_full_info().uss / 2**20, process.num_fds())
                     self.names[process.pid] = _role(process)
+                    if process.ppid() in self.of_replicas or self.names[process.pid].startswith(_REPLICA):
+                        self.of_replicas.add(process.pid)
             except psutil.NoSuchProcess:
                 continue
             family.add(process.pid)
             self.sizes.setdefault(process.pid, []).append(seen)
         self.families.append(family)
+
+    def replicas(self) -> int:
+        """How many processes are replicas of Serve's now."""
+        found = 0
+        for process in self.root.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += process.status() != psutil.STATUS_ZOMBIE and _role(process).startswith(_REPLICA)
+        return found
 
 
 def main() -> int:
@@ -115,7 +133,10 @@ def main() -> int:
     with _endpoint(arguments) as (url, model, root):
         os.nice(19)
         soak = Soak(psutil.Process(root))
+        _settle(soak)
         asyncio.run(_traffic(soak, url, model, arguments))
+        _settle(soak)
+        soak.sample()
     result = _result(soak, arguments.seconds)
     for one in result["processes"]:
         print("  ".join(f"{key} {value}" for key, value in one.items()), file=sys.stderr)
@@ -123,6 +144,27 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result))
     return 0 if result["sound"] else 1
+
+
+def _settle(soak: Soak) -> None:
+    """Wait until as many replicas run as Serve knows of, and none comes or goes.
+
+    Raises:
+        RuntimeError: that does not happen.
+    """
+    command, deadline = [sys.executable, "-m", "serving", "status", "--json"], time.monotonic() + _SETTLED_S
+    while True:
+        told = subprocess.run(command, cwd=serving_load.ROOT, capture_output=True, check=True)
+        states: Counter[str] = Counter()
+        for application in json.loads(told.stdout)["applications"].values():
+            for replicas in application["replicas"].values():
+                states.update(replicas)
+        found = soak.replicas()
+        if states == {"RUNNING": found}:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Serve has replicas {dict(states)}, and {found} processes are some")
+        time.sleep(1)
 
 
 async def _traffic(soak: Soak, url: str, model: str, arguments: argparse.Namespace) -> None:
@@ -139,8 +181,6 @@ async def _traffic(soak: Soak, url: str, model: str, arguments: argparse.Namespa
                 print(f"{until - told:.0f} s left: {soak.asked.total()} asked, {dict(soak.failed)}", file=sys.stderr)
             await asyncio.sleep(every)
         await asyncio.gather(*clients)
-    await asyncio.sleep(3)
-    soak.sample()
 
 
 async def _client(soak: Soak, asker: Asker, until: float, pause_s: float) -> None:
@@ -158,8 +198,9 @@ async def _client(soak: Soak, asker: Asker, until: float, pause_s: float) -> Non
 
 
 def _result(soak: Soak, seconds: float) -> dict[str, Any]:
-    processes = [_process(soak.names[pid], soak.sizes[pid]) for pid in soak.families[-1]]
-    came = [soak.names[pid] for pid in sorted(soak.families[-1] - soak.families[0])]
+    stayed = soak.families[-1] & soak.families[0]  # a replica that came with the load grows until it serves
+    processes = [_process(soak.names[pid], soak.sizes[pid]) for pid in stayed]
+    came = [soak.names[pid] for pid in sorted(soak.families[-1] - soak.families[0] - soak.of_replicas)]
     leaked = [name for name in came if not name.startswith("ray::IDLE")]  # Ray keeps a few ready; they come and go
     return {
         "seconds": seconds,

@@ -31,6 +31,7 @@ def test_each_node_holds_an_engine_and_trials_spread_over_them(two_nodes: str, h
         scheduler={"type": "none"},
         evaluation={"few_shot": 0},
         gate={"min_score": 1.0},
+        tracking={"enabled": False},
     )
     done = winnow("sweeps", "run", write(spread), "--json", env=os.environ | {"RAY_ADDRESS": two_nodes})
     assert done.returncode == 3, done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving import leases, upstream
+from serving import leases, listener, upstream
 from serving.leases import HEADER, NO_LEASE, Leases
 from serving.upstream import Overloaded, Replies
 
@@ -57,6 +57,8 @@ class Call:
 def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Replies], Awaitable[None]]) -> None:
     monkeypatch.setattr(leases, "IDLE_S", 0.4)
     monkeypatch.setattr(upstream, "_KEPT_S", 0.1)
+    monkeypatch.setattr(listener, "_LAST_ANSWERS_S", 0.0)  # no client is connected any more
+    monkeypatch.setattr(listener, "_LAST_REQUESTS_S", 0.0)
 
     async def run() -> None:
         replica = Leases(application, "127.0.0.1", _well)

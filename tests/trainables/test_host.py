@@ -132,7 +132,7 @@ def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submi
 
 def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, engines, submit, tmp_path: Path) -> None:
     both = engines(2, capacity=2)
-    configs = [trial("a", num_train_epochs=20), trial("b", num_train_epochs=50), trial("c", num_train_epochs=20, r=8)]
+    configs = [trial("a", num_train_epochs=12), trial("b", num_train_epochs=50), trial("c", num_train_epochs=12, r=8)]
     running = []
     for config in configs:  # to engines 0, 1 and 0
         running.append(submit(both, config))
