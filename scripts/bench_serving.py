@@ -27,6 +27,9 @@ import aiohttp
 
 import serving_load
 
+_RAYS_NICENESS = 15
+"""Of its workers: all sides stand in the same order to whoever asks, on the same cores."""
+
 
 def main() -> int:
     arguments = _arguments()
@@ -36,7 +39,7 @@ def main() -> int:
         _bare(model) as bare,
         _adapter(model) as adapter,
     ):
-        os.nice(19)  # Ray's workers run at 15: whoever asks comes after both sides alike
+        os.nice(19)  # whoever asks comes after both sides alike
         runs = asyncio.run(measure({"winnow": ours, "bare": bare, "adapter": adapter}, model, arguments))
     for run in runs:
         print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
@@ -126,7 +129,8 @@ def _bare(model: str, name: str = "", more: Sequence[str] = ()) -> Iterator[str]
 
     version, port = registry.find(model), serving_load.free_port()
     spec = with_changes(version.record["serving"], {})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(version.path)]
+    command = ["nice", "-n", str(_RAYS_NICENESS), sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(version.path)]
     command += ["--served-model-name", name or model, "--host", "127.0.0.1", "--port", str(port)]
     for name, value in engine.engine_kwargs(spec).items():
         option = "--" + name.replace("_", "-")

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -16,12 +16,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serving import events, place
 from serving.counts import Counts
 from serving.errors import ApiError
+from serving.handover import Begun, Broken, Lending
 from serving.quota import Quota
 from serving.samples import Sampler
 from serving.spec import ServingSpec
-from serving.upstream import Broken, Overloaded, Replies, pieces
+from serving.upstream import Overloaded, Replies, Reply, pieces
 
 FALLBACK = "fallback"
+_LAST_WORD_S = 1.0
 VERSION_HEADER, VARIANT_HEADER, FALLBACK_HEADER = "x-winnow-version", "x-winnow-variant", "x-winnow-fallback"
 
 
@@ -38,7 +40,11 @@ class Target(NamedTuple):
 
 
 class Answer:
-    """Made for one request, and used once."""
+    """Made for one request, and used once.
+
+    Args:
+        client: the transport of the client's connection, where that can be lent to a replica.
+    """
 
     def __init__(
         self,
@@ -48,10 +54,11 @@ class Answer:
         quota: Quota | None,
         count: Count,
         sampler: Sampler | None = None,
+        client: asyncio.Transport | None = None,
     ) -> None:
         self._body, self._target, self._spec, self._quota, self._count = body, target, spec, quota, count
         self._sampler = sampler if sampler and sampler.wants() else None
-        self._streamed = body.get("stream") is True
+        self._streamed, self._client = body.get("stream") is True, client
         self._started = time.monotonic()
         self._headers: dict[str, str] = {}
         form = body.get("response_format")
@@ -77,18 +84,19 @@ class Answer:
                 return await self._refused(reply)
             if self._streamed:
                 moved = stack.pop_all()
-                return StreamingResponse(
-                    self._stream(moved, reply), media_type="text/event-stream", headers=self._all_headers()
-                )
+                parts = self._lent(moved, reply) if isinstance(reply, Begun) else self._passed_on(moved, reply)
+                return StreamingResponse(parts, media_type="text/event-stream", headers=self._all_headers())
+            assert not isinstance(reply, Begun), "no stream"
             return await self._whole(reply)
         finally:
             await stack.aclose()
 
-    async def _ask(self, stack: AsyncExitStack, replies: Replies, path: str) -> aiohttp.ClientResponse:
+    async def _ask(self, stack: AsyncExitStack, replies: Replies, path: str) -> Reply:
         """Whoever answers: the version that was chosen, or where that cannot, the fallback."""
         fallback, target = self._spec.fallback, self._target
         wait_s = self._left_s if fallback is None else min(self._left_s, fallback.after_s)
-        own = replies.from_version(target.model, target.version, path, self._payload(target.model), wait_s)
+        lending = Lending(self._left_s, *self._looks()) if self._streamed and self._client else None
+        own = replies.from_version(target.model, target.version, path, self._payload(target.model), wait_s, lending)
         try:
             return await stack.enter_async_context(own)
         except (Overloaded, TimeoutError) as error:
@@ -99,6 +107,7 @@ class Answer:
             self._headers[FALLBACK_HEADER] = "timeout" if late else "overload"
         name = fallback.model or fallback.endpoint_model or ""
         self._target = Target(name, f"{FALLBACK}:{name}", FALLBACK)
+        other: AbstractAsyncContextManager[Reply]
         try:
             if fallback.base_url:
                 key = os.environ.get(fallback.api_key_env) if fallback.api_key_env else None
@@ -110,6 +119,12 @@ class Answer:
         except ApiError as error:
             raise self.failed(error) from None
 
+    def _looks(self) -> tuple[bool, bool]:
+        """Of ``events.Stream``: what the client wants to see, and whether we read what it says."""
+        options = self._body.get("stream_options")
+        wanted = isinstance(options, dict) and options.get("include_usage") is True
+        return wanted, self._wants_json or self._sampler is not None
+
     def _payload(self, model: str) -> bytes:
         body = self._body | {"model": model}
         if self._streamed:  # its token counts, which the client may not have asked for
@@ -120,7 +135,7 @@ class Answer:
     def _all_headers(self) -> dict[str, str]:
         return self._headers | {VERSION_HEADER: self._target.version, VARIANT_HEADER: self._target.variant}
 
-    async def _refused(self, reply: aiohttp.ClientResponse) -> Response:
+    async def _refused(self, reply: Reply) -> Response:
         """vLLM's own error, which has OpenAI's shape already; or whatever else answered, in that shape."""
         raw = await reply.read()
         broken = reply.status >= 500
@@ -145,41 +160,55 @@ class Answer:
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
 
-    async def _stream(self, stack: AsyncExitStack, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _passed_on(self, stack: AsyncExitStack, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Events as they come. A stream that breaks ends with an error event; a client that goes away ends ours."""
-        options = self._body.get("stream_options")
-        wanted = isinstance(options, dict) and options.get("include_usage") is True
-        stream, first_s = events.Stream(wanted, self._wants_json or self._sampler is not None), None
+        stream, first_at, late = events.Stream(*self._looks()), None, False
         async with stack:
             try:
                 async with asyncio.timeout(self._left_s):
                     async for piece in pieces(reply):
                         if out := stream.feed(piece):
-                            first_s = first_s or time.monotonic() - self._started
+                            first_at = first_at or time.monotonic()
                             yield out
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
-                yield (too_late() if late else went_away()).event
-                stream.failed = True
-            else:
-                if not stream.done:
-                    yield went_away().event
-                    stream.failed = True
-            finally:
-                self._end_of_stream(stream, first_s)
+            except BaseException:  # the client's leaving, which says nothing of the variant
+                if (told := stream.told(first_at)).done:
+                    self._end_of_stream(told)
+                raise
+            if event := self._end_of_stream(stream.told(first_at, late)):
+                yield event
 
-    def _end_of_stream(self, stream: events.Stream, first_s: float | None) -> None:
-        if stream.failed:
-            self._note(stream.id, Counts(requests=1, errors=1))
-        elif stream.done:
-            empty = stream.usage.get("completion_tokens", 2) < 2  # the last token ends the answer
-            counts = self._answered(stream.usage, bad=empty or (self._wants_json and self._bad_json(stream.texts())))
-            if first_s is not None:
-                counts.first_token.add(first_s)
-            self._note(stream.id, counts, first_s)
-            if self._sampler:
-                self._keep(stream.id, stream.texts(), counts)
-        # neither: the client went away, and that says nothing of the variant
+    async def _lent(self, stack: AsyncExitStack, reply: Begun) -> AsyncIterator[bytes]:
+        """What the replica does not write to the client itself: an error event, where its stream breaks."""
+        assert self._client is not None, "lent"
+        told = events.Told()
+        async with stack:
+            try:
+                async with asyncio.timeout(self._left_s + _LAST_WORD_S):  # it keeps to the limit itself, if it lives
+                    told = await reply.lend(self._client)
+            except TimeoutError:
+                told = events.Told(late=True)
+            except Broken:
+                pass
+            if event := self._end_of_stream(told):
+                yield event
+
+    def _end_of_stream(self, told: events.Told) -> bytes | None:
+        """Count it; the event that has to end it where it is not done."""
+        if told.failed or not told.done:
+            self._note(told.id, Counts(requests=1, errors=1))
+            if told.late:
+                return too_late().event
+            return None if told.failed else went_away().event
+        first_s = None if told.first_at is None else told.first_at - self._started
+        empty = told.usage.get("completion_tokens", 2) < 2  # the last token ends the answer
+        counts = self._answered(told.usage, bad=empty or (self._wants_json and self._bad_json(told.texts)))
+        if first_s is not None:
+            counts.first_token.add(first_s)
+        self._note(told.id, counts, first_s)
+        self._keep(told.id, told.texts, counts)
+        return None
 
     def _keep(self, identity: str | None, texts: list[str], counts: Counts) -> None:
         """As a sample, if it is to be one."""

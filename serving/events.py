@@ -10,6 +10,29 @@ _END = b"\n\n"
 _DONE = b"data: [DONE]"
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a stream came to.
+
+    Args:
+        id: of the answer.
+        usage: its token counts.
+        done: it ended as it should.
+        failed: vLLM told an error in it.
+        late: it took longer than it might.
+        first_at: when its first event was passed on, by the machine's monotonic clock.
+        texts: the answers, one a choice, where they were kept.
+    """
+
+    id: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
+    failed: bool = False
+    late: bool = False
+    first_at: float | None = None
+    texts: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Stream:
     """One streamed answer, from its first event to its last.
@@ -21,11 +44,10 @@ class Stream:
 
     show_usage: bool
     keep: bool
-    id: str | None = None
-    usage: dict[str, Any] = field(default_factory=dict)
-    done: bool = False
-    failed: bool = False
-    """vLLM told an error in the stream."""
+    _id: str | None = None
+    _usage: dict[str, Any] = field(default_factory=dict)
+    _done: bool = False
+    _failed: bool = False
     _rest: bytes = b""
     _kept: list[bytes] = field(default_factory=list)
 
@@ -36,21 +58,24 @@ class Stream:
         return _END.join([*passed, b""]) if passed else b""
 
     def _take(self, event: bytes) -> bool:
-        if self.id is None:
-            self.id = _id(event)
+        if self._id is None:
+            self._id = _id(event)
         if b'"usage":{' in event and b'"choices":[]' in event:
-            self.usage = json.loads(event.removeprefix(b"data: "))["usage"]
+            self._usage = json.loads(event.removeprefix(b"data: "))["usage"]
             return self.show_usage
         if event == _DONE:
-            self.done = True
+            self._done = True
         elif event.startswith(b'data: {"error"'):
-            self.failed = True
+            self._failed = True
         elif self.keep:
             self._kept.append(event.removeprefix(b"data: "))
         return True
 
-    def texts(self) -> list[str]:
-        """The answers, one a choice. Only of a stream that was kept."""
+    def told(self, first_at: float | None = None, late: bool = False) -> Told:
+        """What it came to so far."""
+        return Told(self._id, self._usage, self._done, self._failed, late, first_at, self._texts())
+
+    def _texts(self) -> list[str]:
         found: dict[int, str] = {}
         for event in self._kept:
             for choice in json.loads(event)["choices"]:

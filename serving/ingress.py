@@ -22,7 +22,7 @@ from serving.conductor import Delta
 from serving.counts import Counts
 from serving.errors import ApiError
 from serving.keys import ApiKey
-from serving.listener import Listener
+from serving.listener import CLIENT, Listener
 from serving.meters import Meters
 from serving.quota import Quota
 from serving.samples import Sampler
@@ -243,7 +243,8 @@ class Ingress:
     async def _generate(self, request: Request, path: str) -> Response:
         quota = self._admit(request)
         body, target = await self._asked(request)
-        answer = Answer(body, target, self._spec, quota, self._count, self._sampler)
+        client = request.scope.get(CLIENT)
+        answer = Answer(body, target, self._spec, quota, self._count, self._sampler, client)
         try:
             return await _unless_gone(request, answer.begin(self._replies, path))
         except TimeoutError:

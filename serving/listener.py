@@ -12,6 +12,8 @@ from typing import Any
 
 import uvicorn
 
+CLIENT = "winnow.client"
+"""Where a request's scope has the transport of its connection, if that can be lent (``handover``)."""
 _BACKLOG = 2048
 _LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 1.0
 """How long, at the end, clients are told with their answers to connect elsewhere; and then, with no new connection,
@@ -87,6 +89,8 @@ class Listener:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
                 await send(message)
 
+            if scope.get("http_version") == "1.1":  # before that, an answer has no chunks
+                scope[CLIENT] = send.__self__.transport  # uvicorn's own; nothing public leads there
             await application(scope, receive, last if self._closing else send)
 
         return telling

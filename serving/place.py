@@ -20,9 +20,16 @@ from serving.traffic import Routes
 
 HOST, PORT = "127.0.0.1", 8000
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
-_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-"""For the replicas of a cluster of ours: their code and their handles run in the event loop in which requests arrive.
-A hop between two threads costs more than what is done in either."""
+_OF_OUR_CLUSTER = {
+    # A replica's code and its handles run in the event loop in which requests arrive: a hop between two threads costs
+    # more than what is done in either.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Ten looks a second at what hardly changes, by every process, are a sixth of a machine of two cores.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+}
+"""Ray's settings that are read as its processes start."""
 Log = Callable[[str], None]
 
 
@@ -68,7 +75,7 @@ def cluster(log: Log, start: bool) -> Iterator[bool]:
             yield True
         return
     log("deploy: starting a Ray cluster on this machine")
-    head = session.start_head(paths.serving_log(), environment=_ONE_LOOP)
+    head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER)
     files.write_json(paths.serving_state_file(), {"head": asdict(head)})
     try:
         with _connected(head.address):

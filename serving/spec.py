@@ -14,6 +14,8 @@ from cluster.settings import one_line
 
 _WORKERS = ("tensor_parallel_size", "pipeline_parallel_size")
 """Of vLLM's engine: a replica has as many workers as their product."""
+_REPORTS_S = 10
+"""Serve's replicas and handles tell their load every so many seconds."""
 
 
 class _Spec(BaseModel):
@@ -26,7 +28,7 @@ class AutoscalingSpec(_Spec):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
-    look_back_period_s: Annotated[float, Field(gt=10)] = Field(30, description="Replicas report every 10 s.")
+    look_back_period_s: Annotated[float, Field(gt=_REPORTS_S)] = Field(30, description="Replicas report every 10 s.")
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300
     downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = Field(
@@ -37,6 +39,16 @@ class AutoscalingSpec(_Spec):
     def _ordered(self) -> AutoscalingSpec:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas must be at most max_replicas={self.max_replicas}, got {self.min_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_is_certain(self) -> AutoscalingSpec:
+        name = "downscale_delay_s" if self.downscale_to_zero_delay_s is None else "downscale_to_zero_delay_s"
+        if self.min_replicas == 0 and (delay_s := getattr(self, name)) <= _REPORTS_S:
+            raise ValueError(
+                f"{name} must be above {_REPORTS_S} s where min_replicas is 0, got {delay_s:g}: "
+                "a new replica has not reported its requests before, and would go with them"
+            )
         return self
 
 

@@ -1,4 +1,7 @@
-"""Where a request is answered: a leased place in a replica of ours, or somebody else's endpoint, by HTTP either way."""
+"""Where a request is answered: a leased place in a replica of ours, or somebody else's endpoint.
+
+By HTTP either way, but for streams of a replica on the same machine: those it writes to the client itself.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,17 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from serving import leases
+from serving import handover, leases
 from serving.errors import ApiError
+from serving.handover import Begun, Broken, Lending, Line
 
 _TRIES, _PAUSE_S = 8, 0.2
 """How many places are tried that turn out to be gone: nothing was sent to them yet."""
 _KEPT_S, _OLDEST_S = 0.1, (4.0, 8.0)
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
+
+Reply = aiohttp.ClientResponse | Begun
+"""The head of an answer: its ``status``, and its body by ``read()`` where it is no stream."""
 
 
 class Overloaded(ApiError):
@@ -34,20 +41,31 @@ class Overloaded(ApiError):
         return Overloaded, (self.message, self.retry_after_s)
 
 
-class Broken(Exception):
-    """The other side went away with the answer begun."""
-
-
 @dataclass
 class Place:
     """A lease: where it is, what opens it, and Serve's call that holds it."""
 
     address: str
+    desk: str
     token: str
     call: Any
     until: float
     """When it is given back: replicas come and go, and one that is to end waits for its leases."""
     free_since: float = 0.0
+    _line: Line | None = None
+
+    def line(self) -> Line | None:
+        """To the replica, where that is on this machine."""
+        if self._line is None and self.desk:
+            self._line = Line.to(self.desk)
+            self.desk = self.desk if self._line else ""
+        return self._line
+
+    def give_up(self) -> None:
+        """For good, and with it what is answered there."""
+        self.call.cancel()
+        if self._line:
+            self._line.close()
 
 
 @dataclass
@@ -66,31 +84,37 @@ class Replies:
 
     @asynccontextmanager
     async def from_version(
-        self, model: str, version: str, path: str, payload: bytes, wait_s: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        self, model: str, version: str, path: str, payload: bytes, wait_s: float, lending: Lending | None = None
+    ) -> AsyncIterator[Reply]:
         """One request to whichever replica of ``version`` Serve has a place in; leaving the block ends it there too.
 
         Args:
             wait_s: for a place and the head of the answer.
+            lending: of a stream whose client's connection can be lent; where the replica is on this machine, it is.
 
         Raises:
             Overloaded: no place, or no replica that answers.
             TimeoutError: none in time.
         """
         async with asyncio.timeout(wait_s):
-            place, reply = await self._reach(model, version, path, payload)
+            place, reply = await self._reach(model, version, path, payload, lending)
         try:
-            async with reply:
+            if isinstance(reply, Begun):
                 yield reply
+            else:
+                async with reply:
+                    yield reply
         except BaseException:
-            place.call.cancel()
+            place.give_up()
             raise
-        if reply.content.at_eof():
+        if reply.ended if isinstance(reply, Begun) else reply.content.at_eof():
             self._keep(model, version, place)
         else:
-            place.call.cancel()
+            place.give_up()
 
-    async def _reach(self, model: str, version: str, path: str, payload: bytes) -> tuple[Place, aiohttp.ClientResponse]:
+    async def _reach(
+        self, model: str, version: str, path: str, payload: bytes, lending: Lending | None
+    ) -> tuple[Place, Reply]:
         """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
         nothing has begun there."""
         for _ in range(_TRIES):
@@ -98,20 +122,29 @@ class Replies:
             if place is None:
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            reply: Reply
             try:
-                reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
+                if lending and (line := place.line()):
+                    if not line.is_open:
+                        place.give_up()
+                        continue
+                    reply = await line.ask(place.token, path, payload, lending)
+                else:
+                    reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
             except aiohttp.ClientConnectorError:
-                place.call.cancel()
+                place.give_up()
                 continue
-            except aiohttp.ClientError as error:
-                place.call.cancel()
+            except (aiohttp.ClientError, Broken) as error:
+                place.give_up()
                 raise Overloaded(f"a replica of {model}@{version} went away before it answered") from error
             except BaseException:  # a client that left too: the place is free again at once
-                place.call.cancel()
+                place.give_up()
                 raise
-            if reply.status != leases.NO_LEASE:
+            if reply.status != handover.NO_LEASE:
                 return place, reply
-            reply.release()
+            if isinstance(reply, aiohttp.ClientResponse):
+                reply.release()
+            place.give_up()
         raise Overloaded(f"no replica of {model}@{version} can be reached")
 
     async def _lease(self, model: str, version: str) -> Place | None:
@@ -126,8 +159,8 @@ class Replies:
             self._handles[model, version] = handle
         call: Any = handle.remote()
         try:
-            address, token = await anext(call)
-            return Place(address, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
+            address, desk, token = await anext(call)
+            return Place(address, desk, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
         except BackPressureError as error:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
         except (RayServeException, RayError, StopAsyncIteration):
@@ -143,14 +176,14 @@ class Replies:
             place = free.pop()
             if now - place.free_since < _KEPT_S:
                 return place
-            place.call.cancel()
+            place.give_up()
         return None
 
     def _keep(self, model: str, version: str, place: Place) -> None:
         """For the next request, for a moment."""
         place.free_since = time.monotonic()
         if place.free_since > place.until:
-            place.call.cancel()
+            place.give_up()
             return
         self._free.setdefault((model, version), []).append(place)
         asyncio.get_running_loop().call_later(_KEPT_S, self._let_go, model, version)
@@ -158,7 +191,7 @@ class Replies:
     def _let_go(self, model: str, version: str) -> None:
         free, now = self._free[model, version], time.monotonic()
         while free and now - free[0].free_since >= _KEPT_S:
-            free.pop(0).call.cancel()
+            free.pop(0).give_up()
 
     @asynccontextmanager
     async def from_endpoint(

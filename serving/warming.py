@@ -181,7 +181,7 @@ async def _ask(model: str, version: str, timeout_s: float = 120) -> None:
     try:
         route = replies.from_version(model, version, "/v1/chat/completions", payload, timeout_s)
         async with route as reply:
-            told = await reply.text()
+            told = (await reply.read()).decode(errors="replace")
             if reply.status != 200:
                 raise RuntimeError(f"{model}@{version} is deployed but answers {reply.status}: {told[:200]}")
     except (Overloaded, TimeoutError) as error:

@@ -415,32 +415,20 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
     assert {one["process"] for one in told["processes"]} >= {"VLLM::EngineCore", "ray::ServeReplica:tickets:ingress"}
 
 
+ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+
+
 def deploy(quickstart, file: Path, **settings: Any) -> None:
     file.write_text(json.dumps(settings))
     done = winnow("serving", "deploy", "tickets", "--settings", file, env=quickstart["env"])
     assert done.returncode == 0, done.stderr
 
 
-def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
-    before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
-    with fake_judge.serve() as other:
-        fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
-        deploy(quickstart, tmp_path / "settings.yaml", fallback=fallback)
-        reply = ask(client)
-        assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
-        assert reply.parse().choices[0].message.content == "ok"
-        assert other.requests[-1]["model"] == "elsewhere"
-    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
-
-
 def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(quickstart, client, tmp_path) -> None:
     names = ("VLLM::EngineCore", "ServeReplica:tickets:ingress")
     before = {one.pid for name in names for one in _found(quickstart, name)}
-    engine = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
-    scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 3, "look_back_period_s": 11}
-    settings = {"engine_kwargs": engine, "autoscaling_config": scaling, "ingress": {"sampling": {"share": 1}}}
-    with load(client, 3, pause_s=0.2) as seen:
-        deploy(quickstart, tmp_path / "settings.yaml", **settings)
+    with load(client, 3, pause_s=0.1) as seen:
+        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress={"sampling": {"share": 1}})
         time.sleep(3)
     assert seen["errors"] == []
     assert not before & {one.pid for name in names for one in _found(quickstart, name)}
@@ -451,8 +439,21 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     assert kept["messages"][-1]["role"] == "assistant"
 
 
-def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client) -> None:
-    """With the settings of the test before."""
+def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
+    before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
+    with fake_judge.serve() as other:
+        fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
+        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, fallback=fallback)
+        reply = ask(client)
+        assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
+        assert reply.parse().choices[0].message.content == "ok"
+        assert other.requests[-1]["model"] == "elsewhere"
+    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
+
+
+def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
+    scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 11, "look_back_period_s": 11}
+    deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, autoscaling_config=scaling)
     deadline = time.monotonic() + 90
     while _found(quickstart, "VLLM::EngineCore") and time.monotonic() < deadline:
         time.sleep(0.5)

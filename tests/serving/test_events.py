@@ -28,9 +28,10 @@ def test_however_it_is_cut_the_same_comes_out(size: int) -> None:
     stream = Stream(show_usage=False, keep=True)
     passed = b"".join(stream.feed(WHOLE[start : start + size]) for start in range(0, len(WHOLE), size))
     assert passed == WHOLE.replace(USAGE, b"")
-    assert (stream.id, stream.done, stream.failed) == ("chatcmpl-1", True, False)
-    assert stream.usage == {"prompt_tokens": 3, "completion_tokens": 2}
-    assert stream.texts() == ['{"a": 1}']
+    told = stream.told()
+    assert (told.id, told.done, told.failed) == ("chatcmpl-1", True, False)
+    assert told.usage == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert told.texts == ['{"a": 1}']
 
 
 def test_token_counts_are_passed_on_to_whoever_asked() -> None:
@@ -40,14 +41,14 @@ def test_token_counts_are_passed_on_to_whoever_asked() -> None:
 def test_an_error_in_the_stream_is_seen() -> None:
     stream = Stream(show_usage=False, keep=False)
     stream.feed(delta("a") + b'data: {"error": {"message": "no"}}\n\n' + DONE)
-    assert stream.failed
-    assert not Stream(show_usage=False, keep=False).done
+    assert stream.told().failed
+    assert not Stream(show_usage=False, keep=False).told().done
 
 
 def test_texts_of_several_choices() -> None:
     stream = Stream(show_usage=False, keep=True)
     stream.feed(delta("b", 1) + delta("a", 0) + delta("c", 1))
-    assert stream.texts() == ["a", "bc"]
+    assert stream.told().texts == ["a", "bc"]
     assert texts({"choices": [{"message": {"content": "x"}}, {"text": "y"}, {"message": {"content": None}}]}) == [
         "x",
         "y",
