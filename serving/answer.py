@@ -191,6 +191,8 @@ class Answer:
                 told = events.Told(late=True)
             except Broken:
                 pass
+            if not told.done and self._client.is_closing():
+                return  # the client left, and that says nothing of the variant
             if event := self._end_of_stream(told):
                 yield event
 

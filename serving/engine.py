@@ -107,7 +107,6 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
         },
         server_cls=LeasedServer,
         callback_config=CallbackConfig(callback_class=_OnThisDisk),
-        log_engine_metrics=False,  # through Ray's metrics they cost a quarter of a small model's step
         runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
         experimental_configs={"stream_batching_interval_ms": 0},
     )

@@ -291,6 +291,8 @@ class _Exchange:
                 await application(self._scope, self._receive, self._send)
         except TimeoutError:
             late = True
+        except ConnectionError:  # of the line: a client left before its socket was lent
+            raise
         except Exception:
             _log.exception("vLLM's application failed")  # its own middleware has answered, where it still could
         finally:

@@ -25,7 +25,7 @@ _OF_OUR_CLUSTER = {
     # more than what is done in either.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # Ten looks a second at what hardly changes, by every process, are a sixth of a machine of two cores.
+    # Ten looks a second at what hardly changes take a tenth of a core with nobody asking.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
