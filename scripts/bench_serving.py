@@ -28,23 +28,25 @@ import aiohttp
 import serving_load
 
 _RAYS_NICENESS = 15
-"""Of its workers: all sides stand in the same order to whoever asks, on the same cores."""
+"""Of its workers: all sides stand in the same order, on the same cores."""
+_SPINS_S = 1.5
+"""A worker of vLLM's looks for work without a pause for a second after its last, on the first core as all of them."""
 
 
 def main() -> int:
-    arguments = _arguments()
+    arguments, cores = _arguments(), len(os.sched_getaffinity(0))
     with (
         serving_load.model(arguments.model, serving_load.SERVING) as model,
         serving_load.deployed(model) as ours,
         _bare(model) as bare,
         _adapter(model) as adapter,
     ):
-        os.nice(19)  # whoever asks comes after both sides alike
+        _ask_from_elsewhere()
         runs = asyncio.run(measure({"winnow": ours, "bare": bare, "adapter": adapter}, model, arguments))
     for run in runs:
         print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"device": f"cpu ({len(os.sched_getaffinity(0))} cores)", "runs": runs}))
+        print(json.dumps({"device": f"cpu ({cores} cores)", "runs": runs}))
     return 0
 
 
@@ -58,6 +60,7 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
             for concurrency in arguments.concurrency:
                 for side, url in urls.items():
                     requests = max(arguments.requests, 16 * concurrency)
+                    await asyncio.sleep(_SPINS_S)  # of the side that was asked before
                     one = await _load(session, url, model, concurrency, requests, arguments.tokens)
                     told = "  ".join(f"{key} {value:.4g}" for key, value in one.items())
                     print(
@@ -67,6 +70,17 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
                     if turn >= 0:
                         found[concurrency][side].append(one)
     return [_compared(concurrency, sides) for concurrency, sides in found.items()]
+
+
+def _ask_from_elsewhere() -> None:
+    """Read what comes as it comes, as another machine would. As a common process this one waits behind vLLM's spinning
+    ones for a quarter of a second at a time, and whole answers come to it at once, of some sides more than of others.
+    """
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # not the workers' core; the same in each turn
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except PermissionError:
+        print("no right to real-time priority: whoever asks may be starved, and ratios be off", file=sys.stderr)
 
 
 def _compared(concurrency: int, sides: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
