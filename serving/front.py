@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +30,12 @@ _ROUTES = {
     "feedback": ("POST", "/v1/feedback"),
     "health": ("GET", "/health"),
 }
+_AS_API_ERRORS: dict[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: lambda error: error,
+    HTTPException: lambda error: ApiError(error.status_code, error.detail, error.detail.lower().replace(" ", "_")),
+    RequestValidationError: lambda error: ApiError(400, str(error), "invalid_request"),
+    Exception: lambda _: ApiError(500, "the ingress failed; its log says why", "internal_error"),
+}
 
 
 def deployable(model: str, spec: IngressSpec) -> type:
@@ -37,26 +44,22 @@ def deployable(model: str, spec: IngressSpec) -> type:
     if origins := list(spec.cors_origins):
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
-    def tell(error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, headers=error.headers)
-
-    app.add_exception_handler(ApiError, lambda _, error: tell(error))  # type: ignore[arg-type]
-    app.add_exception_handler(
-        HTTPException,
-        lambda _, error: tell(ApiError(error.status_code, error.detail, error.detail.lower().replace(" ", "_"))),  # type: ignore[attr-defined]
-    )
-    app.add_exception_handler(
-        RequestValidationError, lambda _, error: tell(ApiError(400, str(error), "invalid_request"))
-    )
-    app.add_exception_handler(
-        Exception, lambda _, __: tell(ApiError(500, "the ingress failed; its log says why", "internal_error"))
-    )
+    for kind, as_api_error in _AS_API_ERRORS.items():
+        app.add_exception_handler(kind, _telling(as_api_error))
     bodies = openapi.bodies(model, spec.limits)
     routed = {
         name: app.api_route(path, methods=[verb], openapi_extra=bodies.get(name))(getattr(Ingress, name))
         for name, (verb, path) in _ROUTES.items()
     }
     return serve.ingress(app)(type("Ingress", (Ingress,), routed))
+
+
+def _telling(as_api_error: Callable[[Any], ApiError]) -> Any:
+    async def handler(_: Any, error: Any) -> Response:  # a plain function would take a thread for each error
+        told = as_api_error(error)
+        return JSONResponse(told.body, told.status, headers=told.headers)
+
+    return handler
 
 
 def fingerprint(model: str, settings: dict[str, Any], listens: tuple[str, int] | None, loopback: bool) -> str:
