@@ -23,6 +23,7 @@ from ray.util import get_node_ip_address
 
 from cluster import paths
 from serving.leases import Leases
+from serving.meters import EngineMeters
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
@@ -30,6 +31,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEV
 PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
 """Of a replica's start, in their order."""
 _WATCH_S, _LAST_WORDS_S = 0.1, 0.1
+_TELL_S = 5.0
 
 
 class _OnThisDisk(CallbackBase):
@@ -48,13 +50,15 @@ class LeasedServer(LLMServer):
         await super().start()
         assert self.engine is not None, "started"
         began.append(time.time())
-        application = await self.engine.build_asgi_app()
+        application: Any = await self.engine.build_asgi_app()
+        application.user_middleware.clear()  # of CORS and Prometheus, which are the ingress's, and cost time a token
+        application.middleware_stack = application.build_middleware_stack()
         began.append(time.time())
         await self._warm_up()
         began.append(time.time())
         self._parts = dict(zip(PARTS, (after - before for before, after in pairwise(began)), strict=True))
         self._leases = Leases(application, get_node_ip_address(), self.engine.check_health)
-        self._watch = asyncio.create_task(self._end_with_engine())
+        self._background = [asyncio.create_task(self._end_with_engine()), asyncio.create_task(self._tell())]
 
     async def _warm_up(self) -> None:
         """Generate once before Serve calls the replica ready: the first user does not wait for it."""
@@ -77,6 +81,12 @@ class LeasedServer(LLMServer):
             except Exception:  # whatever it died of
                 await asyncio.sleep(_LAST_WORDS_S)
                 os._exit(1)
+
+    async def _tell(self) -> None:
+        meters = EngineMeters()
+        while True:
+            meters.tell()
+            await asyncio.sleep(_TELL_S)
 
     def cold_start(self) -> dict[str, float]:
         """What this replica's start took: seconds by ``PARTS``."""
@@ -103,9 +113,11 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
             "autoscaling_config": spec.autoscaling_config.model_dump(),
             "max_ongoing_requests": spec.max_ongoing_requests,
             "max_queued_requests": spec.max_queued_requests,
+            "graceful_shutdown_timeout_s": spec.grace_s,
             "ray_actor_options": {"num_cpus": 0},
         },
         server_cls=LeasedServer,
+        log_engine_metrics=False,  # each token would be a message to Ray; ``EngineMeters`` tells the sums
         callback_config=CallbackConfig(callback_class=_OnThisDisk),
         runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
         experimental_configs={"stream_batching_interval_ms": 0},
@@ -135,6 +147,6 @@ def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
     place = (spec.cpus_per_replica, spec.gpus_per_replica, environment(spec))
     parts = json.dumps([version.version, engine_kwargs(spec), place], sort_keys=True, default=str)
     digest = hashlib.sha256(parts.encode())
-    for name in ("engine", "leases", "listener", "handover", "events"):
+    for name in ("engine", "leases", "listener", "handover", "events", "meters"):
         digest.update((paths.package("serving") / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]

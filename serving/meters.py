@@ -1,10 +1,11 @@
-"""What Prometheus sees of one ingress replica, through Ray's own exporter: by model, version and variant.
-
-Queues and replicas it sees already: Serve exports them by deployment, which is a version here.
+"""What Prometheus sees, through Ray's own exporter: of an ingress replica by model, version and variant; of an engine
+what vLLM counts. Queues and replicas it sees already: Serve exports them by deployment, which is a version here.
 """
 
 from __future__ import annotations
 
+from prometheus_client import REGISTRY
+from ray.serve import metrics
 from ray.util.metrics import Counter, Histogram
 
 from serving.counts import Counts
@@ -46,3 +47,24 @@ class Meters:
             self._first.observe(first_s, who)
             if counts.completion_tokens > 1:
                 self._each.observe((took_s - first_s) / (counts.completion_tokens - 1), who)
+
+
+class EngineMeters:
+    """vLLM's own figures, as it keeps them for Prometheus in this process. Serve says of which model and version."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, metrics.Gauge] = {}
+
+    def tell(self) -> None:
+        """All of them as they stand. A histogram is its buckets, sum and count, which PromQL takes as they are."""
+        for family in REGISTRY.collect():
+            for sample in family.samples if family.name.startswith("vllm:") else ():
+                if not sample.name.endswith("_created"):
+                    self._gauge(sample.name, family.documentation, tuple(sample.labels)).set(
+                        sample.value, sample.labels
+                    )
+
+    def _gauge(self, name: str, documentation: str, labels: tuple[str, ...]) -> metrics.Gauge:
+        if name not in self._gauges:
+            self._gauges[name] = metrics.Gauge(name.replace(":", "_"), documentation, tag_keys=labels)  # type: ignore[arg-type]  # of any length
+        return self._gauges[name]
