@@ -101,6 +101,7 @@ def _ingress_options(specs: list[ServingSpec], warm: list[str], node: str | None
         "num_replicas": specs[0].ingress.num_replicas,
         "max_ongoing_requests": 2 * most,
         "max_queued_requests": most,
+        "graceful_shutdown_timeout_s": specs[0].grace_s,
         "ray_actor_options": {"num_cpus": 0, "resources": {f"node:{node}": 0.001} if node else {}},
         "max_surge_percent": 100,
         "logging_config": _QUIET,

@@ -192,13 +192,18 @@ class Ingress:
     async def _body(self, request: Request) -> bytes:
         """
         Raises:
-            ApiError: 413, and no more of it is read.
+            ApiError: 413 or 408, and no more of it is read.
         """
-        most, parts, size = self._spec.ingress.limits.max_body_bytes, [], 0
-        async for part in request.stream():
-            parts.append(part)
-            if (size := size + len(part)) > most:
-                raise ApiError(413, f"the body must be at most {most} bytes, but is longer", "body_too_large")
+        allowed, parts, size = self._spec.ingress.limits, [], 0
+        most, within_s = allowed.max_body_bytes, allowed.body_timeout_s
+        try:
+            async with asyncio.timeout(within_s):
+                async for part in request.stream():
+                    parts.append(part)
+                    if (size := size + len(part)) > most:
+                        raise ApiError(413, f"the body must be at most {most} bytes, but is longer", "body_too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the body must be here within {within_s:g} s, but is not", "body_too_slow") from None
         return b"".join(parts)
 
     async def _asked(self, request: Request) -> tuple[dict[str, Any], Target]:

@@ -16,6 +16,8 @@ _WORKERS = ("tensor_parallel_size", "pipeline_parallel_size")
 """Of vLLM's engine: a replica has as many workers as their product."""
 _REPORTS_S = 10
 """Serve's replicas and handles tell their load every so many seconds."""
+_ENDS_S = 10
+"""What a replica takes to end after its last answer, and more."""
 
 
 class _Spec(BaseModel):
@@ -64,6 +66,7 @@ class LimitsSpec(_Spec):
     max_schema_bytes: Annotated[int, Field(ge=1)] = Field(16_384, description="A JSON schema, grammar or tool list.")
     max_schema_depth: Annotated[int, Field(ge=1)] = 32
     max_regex_chars: Annotated[int, Field(ge=1)] = 512
+    body_timeout_s: Annotated[float, Field(gt=0)] = Field(60, description="For all of the request's body to come.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(600, description="From the request to its last token.")
 
 
@@ -153,6 +156,11 @@ class ServingSpec(_Spec):
                 f"max_ongoing_requests={self.max_ongoing_requests}, or no replica is ever added, got {target:g}"
             )
         return self
+
+    @property
+    def grace_s(self) -> float:
+        """How long a replica that is replaced may take to end: as long as a request that it has just been sent."""
+        return self.ingress.limits.body_timeout_s + self.ingress.limits.timeout_s + _ENDS_S
 
     @property
     def replica_as_ray(self) -> dict[str, float]:

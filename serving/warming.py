@@ -43,8 +43,13 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
     if have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
     with _undone(model, now, log):
+        staying = [version for version in have if version in wanted]
         if have and new and room:
             _apply(model, now, (*have, *new), have, room, log)
+        elif not room and 0 < len(staying) < len(have):  # a request to one that has gone would wait for ever
+            before = replace(now, settings=place.deployed()[model].settings)
+            _apply(model, before, have, staying, room, log)
+            time.sleep(_SETTLE_S)
         both = wanted if not room else tuple(dict.fromkeys([*wanted, *have]))
         _apply(model, now, both, wanted, room, log)
         for version in new:

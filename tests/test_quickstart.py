@@ -19,6 +19,8 @@ from conftest import ROOT, script, winnow
 from optuna.trial import TrialState
 from test_runs import trials
 
+from serving.spec import LimitsSpec
+
 TICKET = "Ticket: Hello, My card shows two payments for one Pixel Printer. This is urgent. Thanks, Ada"
 
 
@@ -115,21 +117,23 @@ def test_status_shows_what_runs(quickstart, result) -> None:
     assert app["url"] == quickstart["url"]
 
 
-def test_serve_run_builds_the_application_with_limits_on_server_and_ingress(quickstart, result) -> None:
+def test_serve_run_builds_the_application_with_limits_and_grace_on_server_and_ingress(quickstart, result) -> None:
     code = (
         "import json; from serving.app import build;"
         "from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_serve_run;"
         "ingress = as_serve_run(build, {'model': 'tickets'})._bound_deployment;"
         "server = ingress.init_kwargs['deployed'][1]._bound_deployment;"
         "limits = (ingress.max_ongoing_requests, ingress.max_queued_requests, server.max_ongoing_requests);"
-        "print(json.dumps(limits))"
+        "grace = [one._deployment_config.graceful_shutdown_timeout_s for one in (ingress, server)];"
+        "print(json.dumps([limits, grace]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=quickstart["env"], check=True
     )
-    limits = json.loads(done.stdout.splitlines()[-1])
+    limits, grace = json.loads(done.stdout.splitlines()[-1])
     assert max(limits) < 1000
     assert min(limits) > 0
+    assert min(grace) > LimitsSpec().body_timeout_s + LimitsSpec().timeout_s, "the longest answer is not cut"
 
 
 def test_forgetting_is_refused_and_general_data_is_its_cure(quickstart, result, tmp_path: Path) -> None:

@@ -144,13 +144,15 @@ def test_prometheus_finds_all_that_the_dashboard_shows(quickstart, versions, cli
     dashboard = (ROOT / "cluster/grafana.json").read_text()
     shown = set(re.findall(r"\bray_(?:winnow|serve)_[a-z_]+?(?=_bucket\b|[{,])", dashboard))
     assert len(shown) == 8
+    of_engine = re.compile(rf'^ray_vllm_request_success_total\{{.*deployment="{versions[1]}".* [1-9]', re.MULTILINE)
     url, deadline = serving(quickstart, "status")["metrics"], time.monotonic() + 30
     while time.monotonic() < deadline:  # Ray collects every few seconds
         scraped = urllib.request.urlopen(url, timeout=10).read().decode()
-        if all(f"# TYPE {name} " in scraped for name in shown):
+        if all(f"# TYPE {name} " in scraped for name in shown) and of_engine.search(scraped):
             break
         time.sleep(1)
     assert {name for name in shown if f"# TYPE {name} " not in scraped} == set()
+    assert of_engine.search(scraped)
     line = next(
         one for one in scraped.splitlines() if one.startswith("ray_winnow_requests_total{") and versions[1] in one
     )
@@ -247,6 +249,19 @@ def test_a_hostile_request_gets_a_clean_error(quickstart, status: int, body: Any
     found, answer, _ = post(f"{quickstart['url']}/chat/completions", body)
     assert found == status, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_refusals_take_no_threads_of_the_ingress(quickstart) -> None:
+    def threads() -> int:
+        return sum(one.num_threads() for one in _found(quickstart, "ServeReplica:tickets:ingress"))
+
+    before = threads()
+    with ThreadPoolExecutor(32) as pool:
+        told = list(
+            pool.map(lambda _: post(f"{quickstart['url']}/chat/completions", BODY | {"model": "x"}), range(256))
+        )
+    assert {status for status, _, _ in told} == {404}
+    assert threads() < before + 8
 
 
 def test_structured_output_works_also_after_a_malformed_schema(quickstart) -> None:
@@ -416,6 +431,7 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
 
 
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+INGRESS = {"sampling": {"share": 1}, "limits": {"body_timeout_s": 1}}
 
 
 def deploy(quickstart, file: Path, **settings: Any) -> None:
@@ -428,7 +444,7 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     names = ("VLLM::EngineCore", "ServeReplica:tickets:ingress")
     before = {one.pid for name in names for one in _found(quickstart, name)}
     with load(client, 3, pause_s=0.1) as seen:
-        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress={"sampling": {"share": 1}})
+        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress=INGRESS)
         time.sleep(3)
     assert seen["errors"] == []
     assert not before & {one.pid for name in names for one in _found(quickstart, name)}
@@ -437,6 +453,15 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     kept = json.loads(samples.read_text().splitlines()[-1])
     assert kept["messages"][:-1] == ASKED
     assert kept["messages"][-1]["role"] == "assistant"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
+    host, port = quickstart["url"].removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{")
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"body_too_slow"' in answer
 
 
 def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import winnow
 
 from cluster import paths
-from serving import registry, warming
+from serving import place, registry, warming
 from serving.__main__ import main
 
 
@@ -119,3 +120,18 @@ def test_the_last_error_is_the_cause(cause: str, kind: type, monkeypatch: pytest
     assert " ".join(cause.split()) in str(failure)
     assert "Traceback" not in str(failure)
     assert "\n" not in str(failure)
+
+
+def test_without_room_a_version_leaves_the_traffic_before_it_goes(home, monkeypatch: pytest.MonkeyPatch) -> None:
+    applied = []
+    place.remember("tickets", place.Deployed(versions=("a", "b"), settings={"old": 1}))
+    monkeypatch.setattr(warming, "_room", lambda *_: False)
+    monkeypatch.setattr(warming, "_changed", lambda *_: ["a"])
+    monkeypatch.setattr(warming, "_SETTLE_S", 0)
+    monkeypatch.setattr(
+        warming, "_apply", lambda _, now, versions, warm, *__: applied.append((now.settings, [*versions], [*warm]))
+    )
+    now = replace(place.deployed()["tickets"], settings={"new": 2})
+    warming.bring("tickets", now, ["a"], lambda _: None)
+    assert applied == [({"old": 1}, ["a", "b"], ["a"]), ({"new": 2}, ["a"], ["a"])]
+    assert place.deployed()["tickets"].versions == ("a",)
