@@ -431,7 +431,6 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
 
 
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
-INGRESS = {"sampling": {"share": 1}, "limits": {"body_timeout_s": 1}}
 
 
 def deploy(quickstart, file: Path, **settings: Any) -> None:
@@ -444,7 +443,7 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     names = ("VLLM::EngineCore", "ServeReplica:tickets:ingress")
     before = {one.pid for name in names for one in _found(quickstart, name)}
     with load(client, 3, pause_s=0.1) as seen:
-        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress=INGRESS)
+        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress={"sampling": {"share": 1}})
         time.sleep(3)
     assert seen["errors"] == []
     assert not before & {one.pid for name in names for one in _found(quickstart, name)}
@@ -455,6 +454,19 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     assert kept["messages"][-1]["role"] == "assistant"
 
 
+def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
+    before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
+    with fake_judge.serve() as other:
+        fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
+        limits = {"limits": {"body_timeout_s": 2}}
+        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, fallback=fallback, ingress=limits)
+        reply = ask(client)
+        assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
+        assert reply.parse().choices[0].message.content == "ok"
+        assert other.requests[-1]["model"] == "elsewhere"
+    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
     host, port = quickstart["url"].removeprefix("http://").removesuffix("/v1").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -462,18 +474,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"body_too_slow"' in answer
-
-
-def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
-    before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
-    with fake_judge.serve() as other:
-        fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
-        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, fallback=fallback)
-        reply = ask(client)
-        assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
-        assert reply.parse().choices[0].message.content == "ok"
-        assert other.requests[-1]["model"] == "elsewhere"
-    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
 
 
 def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
