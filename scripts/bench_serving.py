@@ -149,7 +149,7 @@ def _bare(model: str, name: str = "", more: Sequence[str] = ()) -> Iterator[str]
     for name, value in engine.engine_kwargs(spec).items():
         option = "--" + name.replace("_", "-")
         command += [option] if value is True else [option, json.dumps(value) if isinstance(value, dict) else str(value)]
-    environment = os.environ | engine.environment(spec) | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | engine.environment(spec)
     command += ["--disable-uvicorn-access-log", *more]
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     try:

@@ -31,6 +31,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEV
 PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
 """Of a replica's start, in their order."""
 _WATCH_S, _LAST_WORDS_S = 0.1, 0.1
+_EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
+"""vLLM's name for a model that the engine's core runs itself."""
 _TELL_S = 5.0
 
 
@@ -44,6 +46,18 @@ class _OnThisDisk(CallbackBase):
 
 class LeasedServer(LLMServer):
     """A replica: vLLM's engine, warm, behind a port that only leases open."""
+
+    def _get_default_engine_class(self) -> Any:
+        """Ray's own, but that it keeps to the executor that ``engine_kwargs`` names: Ray takes another on a CPU."""
+        from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+        class Engine(VLLMEngine):
+            def _start_async_llm_engine(self, arguments: Any, config: Any, group: Any) -> Any:
+                if executor := self.llm_config.engine_kwargs.get(_EXECUTOR):
+                    config.parallel_config.distributed_executor_backend = executor
+                return super()._start_async_llm_engine(arguments, config, group)
+
+        return Engine
 
     async def start(self) -> None:
         began = [psutil.Process().create_time(), time.time()]
@@ -125,14 +139,26 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
 
 
 def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
-    """vLLM's arguments. Answers whose length nobody names are held to the limit too, not only those that ask."""
+    """vLLM's arguments. Answers whose length nobody names are held to the limit too, not only those that ask.
+
+    On a CPU a single worker is the engine's core itself. As a process of its own, which is vLLM's way, it and the core
+    wait for each other without a pause, and it is bound to the machine's first core, as the workers of all replicas.
+    """
     cap = {"max_new_tokens": spec.ingress.limits.max_tokens}
-    kwargs = dict(spec.engine_kwargs)
+    kwargs: dict[str, Any] = {_EXECUTOR: _IN_THE_CORE} if spec.workers == 1 and not spec.gpus_per_replica else {}
+    kwargs |= spec.engine_kwargs
     return kwargs | {"override_generation_config": cap | kwargs.get("override_generation_config", {})}
 
 
 def environment(spec: ServingSpec) -> dict[str, str]:
-    return _OFFLINE | ({} if spec.gpus_per_replica > 0 else {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)})
+    """What vLLM takes from its environment. On a CPU it computes on as many cores as the replica is given."""
+    if spec.gpus_per_replica > 0:
+        return _OFFLINE
+    on_cpu = {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)}
+    if engine_kwargs(spec).get(_EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
+        threads = max(1, int(spec.cpus_per_replica))
+        on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+    return _OFFLINE | on_cpu
 
 
 def _kept_compiled(version: ModelVersion) -> dict[str, str]:

@@ -132,7 +132,7 @@ class ServingSpec(_Spec):
     autoscaling_config: AutoscalingSpec = AutoscalingSpec()
     max_ongoing_requests: Annotated[int, Field(ge=1)] = Field(64, description="Requests in one replica at once.")
     max_queued_requests: Annotated[int, Field(ge=1)] = Field(256, description="Waiting beyond that: 503.")
-    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, description="Without a GPU the engine's threads, too.")
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     kv_cache_gib: Annotated[int, Field(ge=1)] = Field(1, description="vLLM's key-value cache on a CPU replica.")
     ingress: IngressSpec = IngressSpec()
@@ -163,10 +163,14 @@ class ServingSpec(_Spec):
         return self.ingress.limits.body_timeout_s + self.ingress.limits.timeout_s + _ENDS_S
 
     @property
+    def workers(self) -> int:
+        """Of one replica's engine."""
+        return math.prod(self.engine_kwargs.get(name, 1) for name in _WORKERS)
+
+    @property
     def replica_as_ray(self) -> dict[str, float]:
         """Ray's resource names for one replica, all of its workers together."""
-        workers = math.prod(self.engine_kwargs.get(name, 1) for name in _WORKERS)
-        wanted = {"CPU": self.cpus_per_replica * workers, "GPU": self.gpus_per_replica * workers}
+        wanted = {"CPU": self.cpus_per_replica * self.workers, "GPU": self.gpus_per_replica * self.workers}
         return {name: amount for name, amount in wanted.items() if amount}
 
 
