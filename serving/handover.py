@@ -278,7 +278,7 @@ class _Exchange:
         self._status, self._body = 500, b""
         self._client: socket.socket | None = None
         self._first_at: float | None = None
-        self._asked = self._deaf = False
+        self._asked = self._begun = self._deaf = False
 
     async def run(self, application: Any) -> None:
         """
@@ -296,13 +296,15 @@ class _Exchange:
         except Exception:
             _log.exception("vLLM's application failed")  # its own middleware has answered, where it still could
         finally:
+            if self._begun:
+                await self._borrow()  # what was lent is taken, though nothing was written to it
             if self._client is not None:
                 self._client.close()
-        if self._client is None:
-            await self._wire.send(b"%d\n%b" % (self._status, self._body))
-        else:
+        if self._begun:
             told = self._stream.told(self._first_at, late)
             await self._wire.send(json.dumps(asdict(told)).encode())
+        else:
+            await self._wire.send(b"%d\n%b" % (self._status, self._body))
 
     async def _receive(self) -> dict[str, Any]:
         if not self._asked:
@@ -316,15 +318,19 @@ class _Exchange:
             self._status = message["status"]
             kind = dict(message.get("headers", ())).get(b"content-type", b"")
             if self._status == 200 and kind.startswith(b"text/event-stream"):
-                await self._borrow()
-        elif self._client is None:
+                self._begun = True
+                await self._wire.send(b"200\n")
+        elif not self._begun:
             self._body += message.get("body", b"")
-        elif not self._deaf and (out := self._stream.feed(message.get("body", b""))):
-            self._first_at = self._first_at or time.monotonic()
-            await self._write(b"%x\r\n%b\r\n" % (len(out), out))
+        else:
+            await self._borrow()  # not at the head: vLLM generates once that is taken
+            if not self._deaf and (out := self._stream.feed(message.get("body", b""))):
+                self._first_at = self._first_at or time.monotonic()
+                await self._write(b"%x\r\n%b\r\n" % (len(out), out))
 
     async def _borrow(self) -> None:
-        await self._wire.send(b"200\n")
+        if self._client is not None or self._deaf:
+            return
         if await self._wire.next() is None:
             self._deaf = True
         else:
