@@ -6,9 +6,9 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -24,6 +24,7 @@ from serving.upstream import Overloaded, Replies, Reply, pieces
 
 FALLBACK = "fallback"
 _LAST_WORD_S = 1.0
+T = TypeVar("T")
 VERSION_HEADER, VARIANT_HEADER, FALLBACK_HEADER = "x-winnow-version", "x-winnow-variant", "x-winnow-fallback"
 
 
@@ -85,7 +86,7 @@ class Answer:
             if self._streamed:
                 moved = stack.pop_all()
                 parts = self._lent(moved, reply) if isinstance(reply, Begun) else self._passed_on(moved, reply)
-                return StreamingResponse(parts, media_type="text/event-stream", headers=self._all_headers())
+                return _Stream(parts, media_type="text/event-stream", headers=self._all_headers())
             assert not isinstance(reply, Begun), "no stream"
             return await self._whole(reply)
         finally:
@@ -193,7 +194,9 @@ class Answer:
                 pass
             if not told.done and self._client.is_closing():
                 return  # the client left, and that says nothing of the variant
-            if event := self._end_of_stream(told):
+            if told.done and not told.failed:  # the client has its end before it is counted
+                asyncio.get_running_loop().call_soon(self._end_of_stream, told)
+            elif event := self._end_of_stream(told):
                 yield event
 
     def _end_of_stream(self, told: events.Told) -> bytes | None:
@@ -241,6 +244,40 @@ class Answer:
         if self._quota:
             self._quota.spend(counts.prompt_tokens + counts.completion_tokens)
         self._count(self._target, identity, counts, first_s, time.monotonic() - self._started)
+
+
+class _Stream(StreamingResponse):
+    """Ends with its client, as starlette's does in a task group of anyio's, which takes longer than all else here."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await unless_gone(receive, self.stream_response(send))
+
+
+async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T | None:
+    """The work's outcome. Where the client goes away before, the work is cancelled, which frees its place in the
+    engine, and there is none.
+
+    Args:
+        receive: of a request whose body has been read.
+    """
+    task, left = asyncio.current_task(), False
+    assert task is not None, "a request has its task"
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = task.cancel()
+
+    leaving = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not left or task.uncancel():
+            raise
+        return None
+    finally:
+        leaving.cancel()
 
 
 def _production(model: str) -> str:

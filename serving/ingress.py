@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 import aiohttp
@@ -16,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from ray import serve
 
 from serving import keys, limits, place, registry
-from serving.answer import Answer, Target, too_late, went_away
+from serving.answer import Answer, Target, too_late, unless_gone, went_away
 from serving.conductor import NAME as CONDUCTOR
 from serving.conductor import Delta
 from serving.counts import Counts
@@ -98,6 +97,7 @@ class Ingress:
     async def _tell(self) -> None:
         """Hand what was counted to the conductor, and learn what the keys spent elsewhere. What it could not take goes
         with the next report."""
+        self._meters.tell()
         delta, self._delta = self._delta, Delta()
         delta.spent = {name: spent for name, quota in self._quotas.items() if any(spent := quota.spent_since())}
         try:
@@ -251,7 +251,7 @@ class Ingress:
         client = request.scope.get(CLIENT)
         answer = Answer(body, target, self._spec, quota, self._count, self._sampler, client)
         try:
-            return await _unless_gone(request, answer.begin(self._replies, path))
+            return await unless_gone(request.receive, answer.begin(self._replies, path)) or Response(status_code=499)
         except TimeoutError:
             raise answer.failed(too_late()) from None
 
@@ -260,25 +260,6 @@ class Ingress:
     ) -> None:
         self._delta.add(target.version, target.variant, identity, counts)
         self._meters.add(*target, counts, first_s, took_s)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The work's outcome. It ends, and frees its place in the engine, where the client goes away before."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return Response(status_code=499)  # nobody reads it
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _key(request: Request, body: dict[str, Any]) -> str:

@@ -11,13 +11,15 @@ from ray.util.metrics import Counter, Histogram
 from serving.counts import Counts
 
 _WHO = ("model", "version", "variant")
+_Request = tuple[str, str, str, Counts, float | None, float]
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 
 
 class Meters:
-    """Ray puts ``ray_`` before these names."""
+    """Ray puts ``ray_`` before these names. Requests are told of together, when none of them waits."""
 
     def __init__(self) -> None:
+        self._waiting: list[_Request] = []
         self._requests = Counter("winnow_requests", "Requests by outcome.", (*_WHO, "outcome"))
         self._tokens = Counter("winnow_tokens", "Tokens by kind.", (*_WHO, "kind"))
         self._latency = Histogram("winnow_request_seconds", "To the last byte of an answer.", _SECONDS, _WHO)
@@ -25,13 +27,24 @@ class Meters:
         self._each = Histogram("winnow_token_seconds", "From one token of a stream to the next.", _SECONDS, _WHO)
 
     def add(self, model: str, version: str, variant: str, counts: Counts, first_s: float | None, took_s: float) -> None:
-        """One request.
+        """One request, to be told of.
 
         Args:
             counts: of it alone.
             first_s: to the first event, None where it was not streamed.
             took_s: to the last one.
         """
+        self._waiting.append((model, version, variant, counts, first_s, took_s))
+
+    def tell(self) -> None:
+        """Ray, of all requests since it was told last."""
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            self._tell(*one)
+
+    def _tell(
+        self, model: str, version: str, variant: str, counts: Counts, first_s: float | None, took_s: float
+    ) -> None:
         who = {"model": model, "version": version, "variant": variant}
         outcome = "error" if counts.errors else "rejected" if counts.rejected else "answered"
         self._requests.inc(1, who | {"outcome": outcome})
