@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -43,7 +45,15 @@ class ApiError(Exception):
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
     @property
     def event(self) -> bytes:
         """The same in a stream that has begun, as its last event."""
         return f"data: {json.dumps(self.body)}\n\n".encode()
+
+
+def failure() -> ApiError:
+    """A defect of ours."""
+    return ApiError(500, "the ingress failed; its log says why", "internal_error")

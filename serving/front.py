@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from ray import serve
 from starlette.exceptions import HTTPException
 
 from cluster import paths
 from serving import openapi
-from serving.errors import ApiError
+from serving.errors import ApiError, failure
 from serving.ingress import CHAT, COMPLETIONS, Ingress
 from serving.spec import IngressSpec
 
@@ -34,7 +34,7 @@ _AS_API_ERRORS: dict[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
     HTTPException: lambda error: ApiError(error.status_code, error.detail, error.detail.lower().replace(" ", "_")),
     RequestValidationError: lambda error: ApiError(400, str(error), "invalid_request"),
-    Exception: lambda _: ApiError(500, "the ingress failed; its log says why", "internal_error"),
+    Exception: lambda _: failure(),
 }
 
 
@@ -56,8 +56,7 @@ def deployable(model: str, spec: IngressSpec) -> type:
 
 def _telling(as_api_error: Callable[[Any], ApiError]) -> Any:
     async def handler(_: Any, error: Any) -> Response:  # a plain function would take a thread for each error
-        told = as_api_error(error)
-        return JSONResponse(told.body, told.status, headers=told.headers)
+        return as_api_error(error).response()
 
     return handler
 

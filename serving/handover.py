@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from serving.events import Stream, Told
@@ -149,7 +149,7 @@ class Line:
         Raises:
             Broken: the replica went away.
         """
-        asked = {"token": token, "path": path} | asdict(lending)
+        asked = {"token": token, "path": path} | vars(lending)
         try:
             await self._wire.send(json.dumps(asked).encode() + b"\n" + payload)
         except OSError:
@@ -302,7 +302,7 @@ class _Exchange:
                 self._client.close()
         if self._begun:
             told = self._stream.told(self._first_at, late)
-            await self._wire.send(json.dumps(asdict(told)).encode())
+            await self._wire.send(json.dumps(vars(told)).encode())
         else:
             await self._wire.send(b"%d\n%b" % (self._status, self._body))
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ from serving.answer import Answer, Target, too_late, unless_gone, went_away
 from serving.conductor import NAME as CONDUCTOR
 from serving.conductor import Delta
 from serving.counts import Counts
-from serving.errors import ApiError
+from serving.errors import ApiError, failure
 from serving.keys import ApiKey
 from serving.listener import CLIENT, Listener
 from serving.meters import Meters
@@ -32,7 +33,7 @@ from serving.upstream import Replies
 SESSION_HEADER = "x-session-id"
 _POLL_S, _REPORT_S = 0.2, 1.0
 _log = logging.getLogger("ray.serve")
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_GENERATING = CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 class Ingress:
@@ -69,7 +70,7 @@ class Ingress:
         if len(self._background) == 1:
             self._background.append(asyncio.create_task(self._watch()))
         if self._listens and self._listener is None:  # not in __init__: there is no application then
-            self._listener = Listener(self.app, *self._listens)  # type: ignore[attr-defined]  # Serve's wrapper has it
+            self._listener = Listener(self._application, *self._listens)
 
     async def __del__(self) -> None:
         """Serve's last word to a replica: answers that have begun are finished."""
@@ -161,6 +162,21 @@ class Ingress:
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "winnow", "versions": list(self._warm)}
+
+    async def _application(self, scope: Any, receive: Any, send: Any) -> None:
+        """FastAPI's, but for the routes that nearly all requests take, on which it would take as long as we do."""
+        path = scope["path"]
+        if path not in _GENERATING or scope.get("method") != "POST" or self._spec.ingress.cors_origins:
+            await self.app(scope, receive, send)  # type: ignore[attr-defined]  # Serve's wrapper has it
+            return
+        try:
+            response = await self._generate(Request(scope, receive), path)
+        except ApiError as error:
+            response = error.response()
+        except Exception:
+            _log.exception("the ingress failed")
+            response = failure().response()
+        await response(scope, receive, send)
 
     # Who may ask, and what ------------------------------------------------------------------------------------------
 
@@ -265,7 +281,7 @@ class Ingress:
 def _key(request: Request, body: dict[str, Any]) -> str:
     """By what a client keeps its variant: its session, its user, or nothing at all."""
     user = body.get("user")
-    return request.headers.get(SESSION_HEADER) or (user if isinstance(user, str) else "") or os.urandom(8).hex()
+    return request.headers.get(SESSION_HEADER) or (user if isinstance(user, str) else "") or str(random.random())
 
 
 def _from_here(request: Request) -> bool:

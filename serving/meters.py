@@ -4,6 +4,8 @@ what vLLM counts. Queues and replicas it sees already: Serve exports them by dep
 
 from __future__ import annotations
 
+from collections import Counter as Tally
+
 from prometheus_client import REGISTRY
 from ray.serve import metrics
 from ray.util.metrics import Counter, Histogram
@@ -11,7 +13,6 @@ from ray.util.metrics import Counter, Histogram
 from serving.counts import Counts
 
 _WHO = ("model", "version", "variant")
-_Request = tuple[str, str, str, Counts, float | None, float]
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 
 
@@ -19,7 +20,8 @@ class Meters:
     """Ray puts ``ray_`` before these names. Requests are told of together, when none of them waits."""
 
     def __init__(self) -> None:
-        self._waiting: list[_Request] = []
+        self._outcomes, self._kinds = Tally[tuple[str, ...]](), Tally[tuple[str, ...]]()
+        self._seconds: list[tuple[Histogram, float, tuple[str, ...]]] = []
         self._requests = Counter("winnow_requests", "Requests by outcome.", (*_WHO, "outcome"))
         self._tokens = Counter("winnow_tokens", "Tokens by kind.", (*_WHO, "kind"))
         self._latency = Histogram("winnow_request_seconds", "To the last byte of an answer.", _SECONDS, _WHO)
@@ -34,32 +36,30 @@ class Meters:
             first_s: to the first event, None where it was not streamed.
             took_s: to the last one.
         """
-        self._waiting.append((model, version, variant, counts, first_s, took_s))
+        who = (model, version, variant)
+        outcome = "error" if counts.errors else "rejected" if counts.rejected else "answered"
+        self._outcomes[*who, outcome] += 1
+        if outcome != "answered":
+            return
+        self._outcomes[*who, "invalid"] += counts.invalid
+        self._kinds[*who, "prompt"] += counts.prompt_tokens
+        self._kinds[*who, "completion"] += counts.completion_tokens
+        self._seconds.append((self._latency, took_s, who))
+        if first_s is not None:
+            self._seconds.append((self._first, first_s, who))
+            if counts.completion_tokens > 1:
+                self._seconds.append((self._each, (took_s - first_s) / (counts.completion_tokens - 1), who))
 
     def tell(self) -> None:
         """Ray, of all requests since it was told last."""
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            self._tell(*one)
-
-    def _tell(
-        self, model: str, version: str, variant: str, counts: Counts, first_s: float | None, took_s: float
-    ) -> None:
-        who = {"model": model, "version": version, "variant": variant}
-        outcome = "error" if counts.errors else "rejected" if counts.rejected else "answered"
-        self._requests.inc(1, who | {"outcome": outcome})
-        if outcome != "answered":
-            return
-        if counts.invalid:
-            self._requests.inc(1, who | {"outcome": "invalid"})
-        for kind, tokens in (("prompt", counts.prompt_tokens), ("completion", counts.completion_tokens)):
-            if tokens:
-                self._tokens.inc(tokens, who | {"kind": kind})
-        self._latency.observe(took_s, who)
-        if first_s is not None:
-            self._first.observe(first_s, who)
-            if counts.completion_tokens > 1:
-                self._each.observe((took_s - first_s) / (counts.completion_tokens - 1), who)
+        for counter, key, sums in ((self._requests, "outcome", self._outcomes), (self._tokens, "kind", self._kinds)):
+            for tags, amount in sums.items():
+                if amount:
+                    counter.inc(amount, dict(zip((*_WHO, key), tags, strict=True)))
+            sums.clear()
+        for histogram, seconds, who in self._seconds:
+            histogram.observe(seconds, dict(zip(_WHO, who, strict=True)))
+        self._seconds.clear()
 
 
 class EngineMeters:
