@@ -28,7 +28,7 @@ from serving.quota import Quota
 from serving.samples import Sampler
 from serving.spec import with_changes
 from serving.traffic import NoSuchVersion, Routes
-from serving.upstream import Replies
+from serving.upstream import Left, Replies
 
 SESSION_HEADER = "x-session-id"
 _POLL_S, _REPORT_S = 0.2, 1.0
@@ -67,6 +67,7 @@ class Ingress:
         """Serve calls this with the versions that are warm, the newest deployed one first."""
         self._warm = tuple(config["warm"])
         self._read()
+        self._replies.keep_to(self._model, self._warm)
         if len(self._background) == 1:
             self._background.append(asyncio.create_task(self._watch()))
         if self._listens and self._listener is None:  # not in __init__: there is no application then
@@ -222,11 +223,14 @@ class Ingress:
             raise ApiError(408, f"the body must be here within {within_s:g} s, but is not", "body_too_slow") from None
         return b"".join(parts)
 
-    async def _asked(self, request: Request) -> tuple[dict[str, Any], Target]:
+    async def _asked(self, request: Request) -> dict[str, Any]:
         body = limits.parse(await self._body(request))
         limits.check(body, self._spec.ingress.limits)
+        return body
+
+    def _target(self, request: Request, body: dict[str, Any]) -> Target:
         name, _, wanted = str(body.get("model") or "").partition("@")
-        return body, self._choose(name, wanted, _key(request, body))
+        return self._choose(name, wanted, _key(request, body))
 
     def _choose(self, name: str, wanted: str, key: str) -> Target:
         """
@@ -251,11 +255,14 @@ class Ingress:
     async def _plain(self, request: Request, path: str) -> Response:
         """A request that generates nothing: passed on, and not counted."""
         self._admit(request)
-        body, target = await self._asked(request)
+        body = await self._asked(request)
+        target = self._target(request, body)
         payload, wait_s = json.dumps(body | {"model": target.model}).encode(), self._spec.ingress.limits.timeout_s
         try:
             async with self._replies.from_version(target.model, target.version, path, payload, wait_s) as reply:
                 return Response(await reply.read(), reply.status, media_type="application/json")
+        except Left:
+            raise went_away() from None
         except TimeoutError:
             raise too_late() from None
         except aiohttp.ClientError:
@@ -263,13 +270,17 @@ class Ingress:
 
     async def _generate(self, request: Request, path: str) -> Response:
         quota = self._admit(request)
-        body, target = await self._asked(request)
-        client = request.scope.get(CLIENT)
-        answer = Answer(body, target, self._spec, quota, self._count, self._sampler, client)
-        try:
-            return await unless_gone(request.receive, answer.begin(self._replies, path)) or Response(status_code=499)
-        except TimeoutError:
-            raise answer.failed(too_late()) from None
+        body, client = await self._asked(request), request.scope.get(CLIENT)
+        while True:
+            target = self._target(request, body)
+            answer = Answer(body, target, self._spec, quota, self._count, self._sampler, client)
+            try:
+                response = await unless_gone(request.receive, answer.begin(self._replies, path))
+                return response or Response(status_code=499)  # which nobody reads
+            except Left:  # before it had a place for us: whoever took its place answers
+                continue
+            except TimeoutError:
+                raise answer.failed(too_late()) from None
 
     def _count(
         self, target: Target, identity: str | None, counts: Counts, first_s: float | None, took_s: float

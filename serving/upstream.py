@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,10 @@ class Overloaded(ApiError):
 
     def __reduce__(self) -> Any:
         return Overloaded, (self.message, self.retry_after_s)
+
+
+class Left(Exception):
+    """The version takes no requests any more. Nothing was sent to it."""
 
 
 @dataclass
@@ -80,7 +84,15 @@ class Replies:
     applications: dict[str, str] = field(default_factory=dict)
     _handles: dict[tuple[str, str], Any] = field(default_factory=dict)
     _free: dict[tuple[str, str], list[Place]] = field(default_factory=dict)
+    _waiting: dict[tuple[str, str], set[asyncio.Future[Any]]] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
+
+    def keep_to(self, model: str, versions: Sequence[str]) -> None:
+        """Whoever waits for a place in another version of the model would wait for ever, and is told that it left."""
+        for (name, version), waiting in self._waiting.items():
+            if name == model and version not in versions:
+                for call in waiting:
+                    call.cancel()
 
     @asynccontextmanager
     async def from_version(
@@ -94,6 +106,7 @@ class Replies:
 
         Raises:
             Overloaded: no place, or no replica that answers.
+            Left: the version does not take requests any more.
             TimeoutError: none in time.
         """
         async with asyncio.timeout(wait_s):
@@ -152,22 +165,33 @@ class Replies:
 
         Raises:
             Overloaded: as many as may wait do.
+            Left: the version left meanwhile.
         """
         if (handle := self._handles.get((model, version))) is None:
             handle = serve.get_deployment_handle(version, self.applications.get(model, model))
             handle = handle.options(method_name="lease", stream=True)
             self._handles[model, version] = handle
         call: Any = handle.remote()
+        first = asyncio.ensure_future(anext(call))
+        waiting = self._waiting.setdefault((model, version), set())
+        waiting.add(first)
         try:
-            address, desk, token = await anext(call)
+            address, desk, token = await first
             return Place(address, desk, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
         except BackPressureError as error:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
         except (RayServeException, RayError, StopAsyncIteration):
             return None
+        except asyncio.CancelledError:
+            call.cancel()
+            if (task := asyncio.current_task()) and task.cancelling():  # whoever asks left, or has waited enough
+                raise
+            raise Left from None
         except BaseException:
             call.cancel()
             raise
+        finally:
+            waiting.discard(first)
 
     def _kept(self, model: str, version: str) -> Place | None:
         """The lease that was left last, if it is still one."""

@@ -28,6 +28,7 @@ class Replica:
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.begun = asyncio.Event()
         self.held = 0
         self.desk = Desk(self.application, self.opened)
 
@@ -47,11 +48,12 @@ class Replica:
             response = StreamingResponse(self.events(**asked), media_type="text/event-stream")
         await response(scope, receive, send)
 
-    async def events(self, words: int, pause_s: float = 0, size: int = 1, fails: bool = False, **_: Any) -> Any:
+    async def events(self, words: int, pause_s: float = 0, size: int = 1, fails: int = -1, **_: Any) -> Any:
+        self.begun.set()
         try:
             for number in range(words):
                 await asyncio.sleep(pause_s)
-                if fails and number == 1:
+                if number == fails:
                     raise RuntimeError("as a defect of vLLM would")
                 yield _event(choices=[{"index": 0, "delta": {"content": f"{number} " * size}}])
             yield _event(choices=[], usage=USAGE)
@@ -208,8 +210,19 @@ def test_an_answer_ends_with_its_time(scenario) -> None:
 
 def test_an_application_that_fails_is_an_answer_that_is_not_done(scenario) -> None:
     async def play(replica, front, session) -> None:
-        assert "0 " in await ask(session, words=3, fails=True)
+        assert "0 " in await ask(session, words=3, fails=1)
         assert (front.told[0].done, front.told[0].late) == (False, False)
+        assert await ask(session, words=3, fails=0) == "", "it wrote nothing to what was lent"
+        assert "[DONE]" in await ask(session, words=1), "the line is there for the next one"
+
+    scenario(play)
+
+
+def test_the_answer_begins_before_its_client_is_lent(scenario) -> None:
+    async def play(replica, front, session) -> None:
+        begun = await front.line.ask(TOKEN, "/answer", b'{"words": 1}', LENDING)
+        await asyncio.wait_for(replica.begun.wait(), 5)
+        assert (begun.status, begun.ended) == (200, False)
 
     scenario(play)
 

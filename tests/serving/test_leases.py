@@ -13,7 +13,7 @@ import pytest
 
 from serving import leases, listener, upstream
 from serving.leases import HEADER, NO_LEASE, Leases
-from serving.upstream import Overloaded, Replies
+from serving.upstream import Left, Overloaded, Replies
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -133,6 +133,28 @@ def test_whoever_gives_up_frees_the_place_at_once(monkeypatch: pytest.MonkeyPatc
         asking.cancel()
         await asyncio.sleep(0.05)
         assert replica._held == {}
+
+    scenario(monkeypatch, play)
+
+
+def test_whoever_waits_for_a_version_that_leaves_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def dead() -> None:
+        raise RuntimeError("no engine: whoever wants a place waits")
+
+    async def play(replica, handle, replies) -> None:
+        replica._check = dead
+        waiting = [asyncio.create_task(ask(replies)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        replies.keep_to("tickets", ("v1", "v2"))
+        replies.keep_to("another", ("v2",))
+        await asyncio.sleep(0.05)
+        assert not any(one.done() for one in waiting)
+        waiting[0].cancel()
+        replies.keep_to("tickets", ("v2",))
+        for one, told in zip(waiting, (asyncio.CancelledError, Left, Left), strict=True):
+            with pytest.raises(told):
+                await one
+        assert not replies._waiting["tickets", "v1"]
 
     scenario(monkeypatch, play)
 
