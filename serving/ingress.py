@@ -14,6 +14,7 @@ import aiohttp
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from ray import serve
+from starlette.requests import ClientDisconnect
 
 from serving import keys, limits, place, registry
 from serving.answer import Answer, Target, too_late, unless_gone, went_away
@@ -152,7 +153,7 @@ class Ingress:
         if not 0 <= score <= 1:
             raise ApiError(400, f"score must be from 0 to 1, but got {score}", "invalid_feedback", "score")
         await self._tell()
-        for wait_s in (0, _REPORT_S):  # another replica may have given the answer; it has told of it by then
+        for wait_s in (0, _REPORT_S, 2 * _REPORT_S):  # another replica may have given the answer, and be about to tell
             await asyncio.sleep(wait_s)
             if await self._conductor.feedback.remote(identity, float(score)):
                 return JSONResponse({"id": identity, "score": score})
@@ -219,6 +220,8 @@ class Ingress:
                     parts.append(part)
                     if (size := size + len(part)) > most:
                         raise ApiError(413, f"the body must be at most {most} bytes, but is longer", "body_too_large")
+        except ClientDisconnect:
+            raise ApiError(400, "the body ends in its middle", "body_cut_off") from None  # which nobody reads
         except TimeoutError:
             raise ApiError(408, f"the body must be here within {within_s:g} s, but is not", "body_too_slow") from None
         return b"".join(parts)

@@ -168,7 +168,8 @@ class Replies:
             Left: the version left meanwhile.
         """
         if (handle := self._handles.get((model, version))) is None:
-            handle = serve.get_deployment_handle(version, self.applications.get(model, model))
+            application = self.applications.get(model, model)
+            handle = serve.get_deployment_handle(version, application, _check_exists=False)  # it may be yet to come
             handle = handle.options(method_name="lease", stream=True)
             self._handles[model, version] = handle
         call: Any = handle.remote()

@@ -23,8 +23,8 @@ from serving.spec import ServingSpec, with_changes
 OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
 """Where a user gives other settings."""
 _POLL_S, _TELL_S = 0.2, 15
-_SETTLE_S = 1.0
-"""By then every ingress replica goes by what it was told."""
+_SETTLE_S, _TOLD_S = 1.0, 1.0
+"""By then every ingress replica goes by what it was told, and has been told."""
 
 
 def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
@@ -46,10 +46,11 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         staying = [version for version in have if version in wanted]
         if have and new and room:
             _apply(model, now, (*have, *new), have, room, log)
-        elif not room and 0 < len(staying) < len(have):  # a request to one that has gone would wait for ever
+        elif not room and len(staying) < len(have):  # a request to one that has gone would wait for ever
             before = replace(now, settings=place.deployed()[model].settings)
-            _apply(model, before, have, staying, room, log)
-            time.sleep(_SETTLE_S)
+            all_of_them = tuple(dict.fromkeys([*have, *wanted]))
+            _run(model, before, all_of_them, staying or wanted, room)  # which new ones wait for
+            time.sleep(_TOLD_S + _SETTLE_S)
         both = wanted if not room else tuple(dict.fromkeys([*wanted, *have]))
         _apply(model, now, both, wanted, room, log)
         for version in new:
@@ -96,6 +97,12 @@ def _apply(
     log: Log,
 ) -> None:
     """Have Serve make the application of ``versions``, of which the warm ones take requests; returns when it runs."""
+    _run(model, now, versions, warm, room)
+    _wait_until_running(model, log)
+
+
+def _run(model: str, now: Deployed, versions: Sequence[str], warm: Sequence[str], room: bool) -> None:
+    """The same, without waiting for it."""
     from ray import serve
     from ray.util import get_node_ip_address
 
@@ -113,7 +120,6 @@ def _apply(
     )
     target = serve.RunTarget(build(arguments), model, f"/{model}")
     serve.run_many([target], wait_for_applications_running=False)
-    _wait_until_running(model, log)
 
 
 @contextmanager

@@ -433,9 +433,9 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
 
 
-def deploy(quickstart, file: Path, **settings: Any) -> None:
+def deploy(quickstart, file: Path, reference: str = "tickets", **settings: Any) -> None:
     file.write_text(json.dumps(settings))
-    done = winnow("serving", "deploy", "tickets", "--settings", file, env=quickstart["env"])
+    done = winnow("serving", "deploy", reference, "--settings", file, env=quickstart["env"])
     assert done.returncode == 0, done.stderr
 
 
@@ -452,6 +452,16 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
     kept = json.loads(samples.read_text().splitlines()[-1])
     assert kept["messages"][:-1] == ASKED
     assert kept["messages"][-1]["role"] == "assistant"
+
+
+def test_without_room_for_two_versions_requests_wait_for_the_next_one(quickstart, versions, client, tmp_path) -> None:
+    production, other = versions
+    with load(client, 3, pause_s=0.1) as seen:
+        deploy(quickstart, tmp_path / "all.yaml", f"tickets@{other}", engine_kwargs=ENGINE, cpus_per_replica=2)
+        deploy(quickstart, tmp_path / "one.yaml", f"tickets@{production}", engine_kwargs=ENGINE)
+        time.sleep(1)
+    assert seen["errors"] == []
+    assert {version for _, version in seen["versions"]} == {production, other}
 
 
 def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
