@@ -23,8 +23,8 @@ from serving.spec import ServingSpec, with_changes
 OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
 """Where a user gives other settings."""
 _POLL_S, _TELL_S = 0.2, 15
-_SETTLE_S, _TOLD_S = 1.0, 1.0
-"""By then every ingress replica goes by what it was told, and has been told."""
+_TOLD_S, _SETTLE_S = 1.0, 1.0
+"""How long it takes until every ingress replica has been told what Serve was, and then until it goes by that."""
 
 
 def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
@@ -48,8 +48,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
             _apply(model, now, (*have, *new), have, room, log)
         elif not room and len(staying) < len(have):  # a request to one that has gone would wait for ever
             before = replace(now, settings=place.deployed()[model].settings)
-            all_of_them = tuple(dict.fromkeys([*have, *wanted]))
-            _run(model, before, all_of_them, staying or wanted, room)  # which new ones wait for
+            _run(model, before, tuple(dict.fromkeys([*have, *wanted])), staying or wanted, room)
             time.sleep(_TOLD_S + _SETTLE_S)
         both = wanted if not room else tuple(dict.fromkeys([*wanted, *have]))
         _apply(model, now, both, wanted, room, log)
