@@ -431,6 +431,7 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
 
 
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+BOTH_CORES = {"cpus_per_replica": 2}
 
 
 def deploy(quickstart, file: Path, reference: str = "tickets", **settings: Any) -> None:
@@ -457,19 +458,19 @@ def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(qui
 def test_without_room_for_two_versions_requests_wait_for_the_next_one(quickstart, versions, client, tmp_path) -> None:
     production, other = versions
     with load(client, 3, pause_s=0.1) as seen:
-        deploy(quickstart, tmp_path / "all.yaml", f"tickets@{other}", engine_kwargs=ENGINE, cpus_per_replica=2)
-        deploy(quickstart, tmp_path / "one.yaml", f"tickets@{production}", engine_kwargs=ENGINE)
+        deploy(quickstart, tmp_path / "settings.yaml", f"tickets@{other}", engine_kwargs=ENGINE, **BOTH_CORES)
         time.sleep(1)
     assert seen["errors"] == []
     assert {version for _, version in seen["versions"]} == {production, other}
 
 
-def test_the_fallback_answers_where_the_model_is_late(quickstart, client, tmp_path: Path) -> None:
+def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, client, tmp_path: Path) -> None:
+    """On the version that the test before this one left: only the ingress is replaced."""
     before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
     with fake_judge.serve() as other:
         fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
-        limits = {"limits": {"body_timeout_s": 2}}
-        deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, fallback=fallback, ingress=limits)
+        engine, front = {"engine_kwargs": ENGINE} | BOTH_CORES, {"ingress": {"limits": {"body_timeout_s": 2}}}
+        deploy(quickstart, tmp_path / "settings.yaml", f"tickets@{versions[1]}", fallback=fallback, **engine, **front)
         reply = ask(client)
         assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
         assert reply.parse().choices[0].message.content == "ok"
