@@ -30,7 +30,7 @@ import serving_load
 _RAYS_NICENESS = 15
 """Of its workers: all sides stand in the same order, on the same cores."""
 _SPINS_S = 1.5
-"""A worker of vLLM's looks for work without a pause for a second after its last, on the first core as all of them."""
+"""A worker of vLLM's that is a process of its own looks for work without a pause for a second after its last."""
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def _ask_from_elsewhere() -> None:
     """Read what comes as it comes, as another machine would. As a common process this one waits behind vLLM's spinning
     ones for a quarter of a second at a time, and whole answers come to it at once, of some sides more than of others.
     """
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # not the workers' core; the same in each turn
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the same core in each turn
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except PermissionError:
