@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import winnow
@@ -122,16 +123,34 @@ def test_the_last_error_is_the_cause(cause: str, kind: type, monkeypatch: pytest
     assert "\n" not in str(failure)
 
 
-def test_without_room_a_version_leaves_the_traffic_before_it_goes(home, monkeypatch: pytest.MonkeyPatch) -> None:
-    applied = []
+async def _answers(*_: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        (["a"], (["a", "b"], ["a"])),
+        (["c"], (["a", "b", "c"], ["c"])),  # requests wait for what is not up yet
+    ],
+)
+def test_without_room_a_version_leaves_the_traffic_before_it_goes(
+    wanted: list[str], first: tuple[list[str], list[str]], home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
     place.remember("tickets", place.Deployed(versions=("a", "b"), settings={"old": 1}))
-    monkeypatch.setattr(warming, "_room", lambda *_: False)
-    monkeypatch.setattr(warming, "_changed", lambda *_: ["a"])
-    monkeypatch.setattr(warming, "_SETTLE_S", 0)
-    monkeypatch.setattr(
-        warming, "_apply", lambda _, now, versions, warm, *__: applied.append((now.settings, [*versions], [*warm]))
-    )
+    for name, stand_in in {
+        "_room": lambda *_: False,
+        "_changed": lambda *_: ["a"],
+        "_SETTLE_S": 0,
+        "_TOLD_S": 0,
+        "_run": lambda _, now, versions, warm, *__: steps.append((now.settings, [*versions], [*warm])),
+        "_wait_until_running": lambda *_: steps.append("runs"),
+        "_ask": _answers,
+        "_cold_start": lambda *_: "no time",
+    }.items():
+        monkeypatch.setattr(warming, name, stand_in)
     now = replace(place.deployed()["tickets"], settings={"new": 2})
-    warming.bring("tickets", now, ["a"], lambda _: None)
-    assert applied == [({"old": 1}, ["a", "b"], ["a"]), ({"new": 2}, ["a"], ["a"])]
-    assert place.deployed()["tickets"].versions == ("a",)
+    warming.bring("tickets", now, wanted, lambda _: None)
+    assert steps == [({"old": 1}, *first), ({"new": 2}, wanted, wanted), "runs"]
+    assert place.deployed()["tickets"].versions == tuple(wanted)
