@@ -183,13 +183,11 @@ class Replies:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
         except (RayServeException, RayError, StopAsyncIteration):
             return None
-        except asyncio.CancelledError:
+        except BaseException as error:
             call.cancel()
-            if (task := asyncio.current_task()) and task.cancelling():  # whoever asks left, or has waited enough
-                raise
-            raise Left from None
-        except BaseException:
-            call.cancel()
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and not task.cancelling():  # not by who asks
+                raise Left from None
             raise
         finally:
             waiting.discard(first)
