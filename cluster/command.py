@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 DONE, FAILED, WRONG_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -18,10 +21,11 @@ def guarded(command: Callable[[], int], interrupted: str) -> int:
     """The command's own exit status; a user's mistake is one line and 2, any other failure 1 with its trace.
 
     Args:
-        interrupted: what to tell a user who pressed Ctrl-C.
+        interrupted: what to tell a user who pressed Ctrl-C. SIGTERM, as ``ray job stop`` sends it, is the same.
     """
     try:
-        return command()
+        with _sigterm_interrupts():
+            return command()
     except ValueError as error:
         say(f"error: {error}")
         return WRONG_INPUT
@@ -32,3 +36,18 @@ def guarded(command: Callable[[], int], interrupted: str) -> int:
         traceback.print_exc()
         say(f"error: {error}")
         return FAILED
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        taken = signal.getsignal(signal.SIGINT)  # Tune, while it runs, ends its trials in order
+        if not callable(taken):  # what a shell starts in the background ignores Ctrl-C
+            raise KeyboardInterrupt
+        taken(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,6 @@
 """Adapter-steps a second of the shared-base engine against solo training, whole machine against whole machine.
 
-    python scripts/bench_engine.py --json [--device cuda] [--shape tiny|0.5b|8b] [--rounds 3] [--picture FILE]
+    python scripts/bench_engine.py --json [--device cuda] [--shape 0.5b] [--rounds 3] [--picture FILE]
                                    [--dequantise once|every-pass]
 
 Three sides, interleaved in one go, for each number of adapters K and of tokens in one adapter's step:
@@ -30,13 +30,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import shapes
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "tiny": (128, 344, 4, 4, 2, 1536),
-    "0.5b": (896, 4864, 24, 14, 2, 151_936),
-    "8b": (4096, 14_336, 32, 32, 8, 128_256),
-}
 ROWS = 8
 """Examples in a batch where a step has tokens enough for that."""
 
@@ -66,8 +63,8 @@ def main() -> int:
     cuda = arguments.device == "cuda"
     engines, processes = (1, arguments.processes or 4) if cuda else (cores, arguments.processes or cores)
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
-        base = _make_base(arguments.shape, Path(scratch))
-        common = (base, arguments.r, arguments.dequantise == "once")
+        shapes.make(arguments.shape, Path(scratch))
+        common = (scratch, arguments.r, arguments.dequantise == "once")
         sides = {
             "packed": [Side("packed", 1 if not cuda else cores, *common)] * engines,
             "sequential": [Side("solo", cores, *common)],
@@ -245,30 +242,6 @@ def _row(tokens: int, vocabulary: int, seed: int) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]}
 
 
-def _make_base(shape: str, directory: Path) -> str:
-    """A Llama of that shape with random weights, as an ordinary directory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=shape != "8b",
-        max_position_embeddings=8192,
-    )
-    print(f"making a base of shape {shape} with random weights", file=sys.stderr, flush=True)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if shape != "tiny" else torch.float32)
-    LlamaForCausalLM(config).save_pretrained(str(directory))
-    torch.set_default_dtype(torch.float32)
-    return str(directory)
-
-
 def _device_name(cuda: bool) -> str:
     if not cuda:
         return f"cpu ({len(os.sched_getaffinity(0))} cores)"
@@ -299,7 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The engine's speed against solo training.")
     parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="tiny")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="steps of every adapter in one measurement")
     parser.add_argument("--r", type=int, default=16)

@@ -3,7 +3,9 @@
 Beside them bare vLLM with an adapter on that model at run time, as it would be without a merge. All are up at once
 with the same engine settings on the same cores, and only one is asked at a time, in turns for each round and
 concurrency. Every request streams a fixed number of tokens. Needs no account and no network: the model is the tiny
-base, barely trained, unless ``--model`` names a registered one.
+base, barely trained, unless ``--model`` names a registered one or ``--shape`` the shape of a larger one, of random
+weights in 16 bits and with the tiny one's vocabulary. The tiny one shows what is around a model, a larger one what that
+is to the whole.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import aiohttp
 
 import serving_load
+import shapes
 
 _RAYS_NICENESS = 15
 """Of its workers: all sides stand in the same order, on the same cores."""
@@ -36,7 +39,7 @@ _SPINS_S = 1.5
 def main() -> int:
     arguments, cores = _arguments(), len(os.sched_getaffinity(0))
     with (
-        serving_load.model(arguments.model, serving_load.SERVING) as model,
+        serving_load.model(arguments.model, serving_load.SERVING, arguments.shape) as model,
         serving_load.deployed(model) as ours,
         _bare(model) as bare,
         _adapter(model) as adapter,
@@ -46,7 +49,7 @@ def main() -> int:
     for run in runs:
         print("  ".join(f"{name} {value}" for name, value in run.items()), file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"device": f"cpu ({cores} cores)", "runs": runs}))
+        print(json.dumps({"device": f"cpu ({cores} cores)", "model": arguments.model or arguments.shape, "runs": runs}))
     return 0
 
 
@@ -59,7 +62,7 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
         for turn in range(-1, arguments.rounds):  # the first round warms both up
             for concurrency in arguments.concurrency:
                 for side, url in urls.items():
-                    requests = max(arguments.requests, 16 * concurrency)
+                    requests = max(arguments.requests, arguments.each * concurrency)
                     await asyncio.sleep(_SPINS_S)  # of the side that was asked before
                     one = await _load(session, url, model, concurrency, requests, arguments.tokens)
                     told = "  ".join(f"{key} {value:.4g}" for key, value in one.items())
@@ -174,13 +177,15 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], timeout_s: float = 300
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="end standard output with one JSON object")
-    parser.add_argument("--model", help="a registered model (default: a tiny one, made here)")
+    parser.add_argument("--model", help="a registered model (default: one made here)")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="tiny", help="of the model that is made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=32, help="the least a round asks of each side")
+    parser.add_argument("--each", type=int, default=16, help="requests of each client in a round, at the least")
     parser.add_argument("--tokens", type=int, default=64, help="that each request streams")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serving_load.as_command(main))

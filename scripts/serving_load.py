@@ -1,4 +1,4 @@
-"""What the serving scripts share: a tiny registered model, an endpoint of ours, and streams of a fixed length."""
+"""What the serving scripts share: a registered model, an endpoint of ours, and streams of a fixed length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
+
+import shapes
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,23 +33,42 @@ class Timed(NamedTuple):
     rest_s: float
 
 
+def as_command(main: Callable[[], int]) -> int:
+    """Its exit status; ended by Ctrl-C or SIGTERM it stops what it started, a Ray cluster among it."""
+    from cluster.command import guarded
+
+    return guarded(main, "interrupted")
+
+
 @contextmanager
-def model(name: str | None, serving: dict[str, Any]) -> Iterator[str]:
-    """A registered model's name: ``name``, or where that is None a barely trained one in a home of its own."""
+def model(name: str | None, serving: dict[str, Any], shape: str = "tiny") -> Iterator[str]:
+    """A registered model's name: ``name``, or where that is None one of that shape in a home of its own."""
     if name:
         yield name
         return
     with tempfile.TemporaryDirectory() as home:
         os.environ["WINNOW_HOME"] = home
-        register(NAME, tiny_base(Path(home)), serving)
+        base = tiny_base(Path(home))
+        if shape != "tiny":
+            _grow(base, shape)
+            serving = serving | {"engine_kwargs": serving["engine_kwargs"] | {"dtype": "bfloat16"}}
+        register(NAME, base, serving)
         yield NAME
 
 
 def tiny_base(home: Path) -> Path:
+    """The barely trained base with its tokenizer."""
     base = home / "tiny"
     command = [sys.executable, ROOT / "scripts/make_tiny_base.py", "--out", base, "--steps", "30"]
     subprocess.run(command, check=True, stdout=2)
     return base
+
+
+def _grow(base: Path, shape: str) -> None:
+    """Random weights of that shape in the place of its own; the tokenizer stays, and each token is one it can spell."""
+    from transformers import AutoConfig
+
+    shapes.make(shape, base, vocabulary=AutoConfig.from_pretrained(base).vocab_size)
 
 
 def register(name: str, source: Path, serving: dict[str, Any]) -> None:
@@ -66,15 +87,19 @@ def register(name: str, source: Path, serving: dict[str, Any]) -> None:
 def deployed(name: str) -> Iterator[str]:
     """The model's endpoint, up to and with ``/v1``, until the block ends."""
     command = [sys.executable, "-m", "serving"]
-    done = subprocess.run(
-        [*command, "deploy", name, "--port", str(free_port()), "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    deploy = subprocess.Popen(
+        [*command, "deploy", name, "--port", str(free_port()), "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
-        yield json.loads(done.stdout.splitlines()[-1])["url"]
+        told, _ = deploy.communicate()
+    except BaseException:  # it undoes what it began
+        deploy.terminate()
+        deploy.wait()
+        raise
+    if deploy.returncode:
+        raise RuntimeError(f"deploy ended with exit status {deploy.returncode}")
+    try:
+        yield json.loads(told.splitlines()[-1])["url"]
     finally:
         subprocess.run([*command, "stop"], cwd=ROOT, check=True)
 

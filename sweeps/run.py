@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -47,7 +46,7 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
         run_id = run_id or new_run(definition, data)
         log(f"run: {run_id}")
         outcome = Outcome(run_id, definition.name, definition.base_model.model_dump(mode="json"))
-        with _only_driver(run_id), _sigterm_interrupts(), _written(outcome):
+        with _only_driver(run_id), _written(outcome):
             _stages(definition, outcome, data, log)
     return outcome.as_result()
 
@@ -202,20 +201,6 @@ def _only_driver(run_id: str) -> AbstractContextManager[None]:
     """Two drivers on one run would both start its trials; the second is refused."""
     otherwise = f"run {run_id!r} is being driven by another process; wait for it or stop it"
     return files.held(paths.lock_file(run_id), otherwise)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, as ``ray job stop`` sends it, is taken as an interruption like Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def tracking_environment(definition: SweepDefinition) -> None:
