@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import winnow
+from conftest import ROOT, winnow
 
 from cluster import paths
 from serving import place, registry, warming
@@ -96,6 +99,23 @@ def test_a_replica_that_no_node_can_hold_leaves_no_cluster(version, tmp_path: Pa
     assert "runtime started" in paths.serving_log().read_text()
     assert not paths.serving_state_file().exists()
     assert winnow("serving", "status").stderr.strip() == "nothing is deployed"
+
+
+def test_a_deployment_that_gets_sigterm_takes_its_cluster_along(version) -> None:
+    from ray._common.network_utils import find_free_port
+
+    command = [sys.executable, "-m", "serving", "deploy", f"tickets@{version.version}", "--port", str(find_free_port())]
+    deploy = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert deploy.stderr
+    assert any(re.match(r"deploy: \d+ s: ", line) for line in deploy.stderr), "it waits for its replicas"
+    assert (head := place.own_head())
+    deploy.terminate()
+    _, err = deploy.communicate(timeout=120)
+    assert deploy.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted; see 'python -m serving status'"
+    assert "Traceback" not in err
+    assert not head.is_alive()
+    assert not paths.serving_state_file().exists()
 
 
 MESSAGE = """The deployment failed to start 3 times in a row. Error:
