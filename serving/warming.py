@@ -23,8 +23,12 @@ from serving.spec import ServingSpec, with_changes
 OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
 """Where a user gives other settings."""
 _POLL_S, _TELL_S = 0.2, 15
+_UNPLACED = "to be scheduled"
+"""In what Serve says of a deployment, after 30 s, whose replicas no node has taken."""
 _TOLD_S, _SETTLE_S = 1.0, 1.0
 """How long it takes until every ingress replica has been told what Serve was, and then until it goes by that."""
+_ROOM_S = 900.0
+"""How long a replica may wait for room: where a cluster grows by itself, a node with a GPU takes minutes to come."""
 
 
 def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
@@ -34,16 +38,18 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         now: what is deployed already, with the settings and the address that are wanted.
 
     Raises:
-        ValueError: vLLM refused its settings.
+        ValueError: vLLM refused its settings, or no room came for a version.
         RuntimeError: a version did not come up, or does not answer. What was there before goes on serving.
     """
     wanted, have = tuple(dict.fromkeys(versions)), now.versions
     new = [version for version in wanted if version not in have]
     room = _room(model, new + _changed(model, now, set(wanted) & set(have)), now)
-    if have and not room:
+    staying = [version for version in have if version in wanted]
+    if have and not room and len(staying) == len(have) and new:
+        log(f"deploy: no room for {', '.join(new)} beside what runs; waiting for replicas to end, or nodes to come")
+    elif have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
     with _undone(model, now, log):
-        staying = [version for version in have if version in wanted]
         if have and new and room:
             _apply(model, now, (*have, *new), have, room, log)
         elif not room and len(staying) < len(have):  # a request to one that has gone would wait for ever
@@ -142,7 +148,7 @@ def _wait_until_running(name: str, log: Log) -> None:
     """Until the application runs; says now and then what it waits for.
 
     Raises:
-        ValueError: vLLM refused its settings.
+        ValueError: vLLM refused its settings, or no room came for a replica.
         RuntimeError: it failed for another reason; the line carries the replica's last error.
     """
     from ray import serve
@@ -152,11 +158,29 @@ def _wait_until_running(name: str, log: Log) -> None:
     while (app := serve.status().applications[name]).status is not ApplicationStatus.RUNNING:
         if app.status is ApplicationStatus.DEPLOY_FAILED:
             raise _failure(name, " ".join([app.message, *(one.message for one in app.deployments.values())]))
-        if (now := time.monotonic()) - told >= _TELL_S:
+        now = time.monotonic()
+        lacking = {key: one.message for key, one in app.deployments.items() if _UNPLACED in one.message}
+        if lacking and now - started > _ROOM_S:
+            raise ValueError(_no_room(name, lacking, now - started))
+        if now - told >= _TELL_S:
             told = now
-            states = (f"{key} {' '.join(one.replica_states)}" for key, one in app.deployments.items())
+            states = (
+                f"{key} {' '.join(one.replica_states)}{' (no room yet)' if key in lacking else ''}"
+                for key, one in app.deployments.items()
+            )
             log(f"deploy: {now - started:.0f} s: {', '.join(states)}")
         time.sleep(_POLL_S)
+
+
+def _no_room(name: str, lacking: dict[str, str], waited_s: float) -> str:
+    """One line of what Serve says of deployments whose replicas no node has taken."""
+    (deployment, message), *_ = lacking.items()
+    wanted = re.search(r"required for each replica: (\{.*?\}), total resources available: (\{.*?\})", message)
+    needs = f"a replica wants {wanted[1]} and {wanted[2]} is free" if wanted else "no node has taken its replica"
+    return (
+        f"serving: no room for {name}'s {deployment} in {waited_s:.0f} s: {needs}; others may have grown under load: "
+        f"give a smaller autoscaling_config.max_replicas in {OTHERWISE}, or use a larger cluster"
+    )
 
 
 def _failure(name: str, message: str) -> Exception:

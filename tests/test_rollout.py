@@ -490,6 +490,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
     assert b'"code":"body_too_slow"' in answer
 
 
+def test_a_canary_without_room_says_so_and_can_be_interrupted(quickstart, versions, client) -> None:
+    """Both cores are production's since the tests before this one."""
+    command = [sys.executable, "-m", "serving", "canary", "tickets", versions[0], "--weight", "10"]
+    waiting = subprocess.Popen(command, cwd=ROOT, env=quickstart["env"], stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr
+    lines = iter(waiting.stderr)
+    assert next(lines).startswith(f"deploy: no room for {versions[0]} beside what runs; waiting for replicas to end")
+    assert version_of(ask(client)) == versions[1]
+    waiting.terminate()
+    assert [*lines][-2:] == ["deploy: back to what ran before\n", "interrupted; see 'python -m serving status'\n"]
+    assert waiting.wait(timeout=60) == 130
+    assert version_of(ask(client)) == versions[1]
+
+
 def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
     scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 11, "look_back_period_s": 11}
     deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, autoscaling_config=scaling)

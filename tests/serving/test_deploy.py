@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,26 @@ def test_the_last_error_is_the_cause(cause: str, kind: type, monkeypatch: pytest
     assert " ".join(cause.split()) in str(failure)
     assert "Traceback" not in str(failure)
     assert "\n" not in str(failure)
+
+
+def test_a_replica_that_finds_no_room_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    waiting = (
+        "Deployment 'v2' in application 'tickets' has 1 replicas that have taken more than 30s to be scheduled. "
+        'Resources required for each replica: {"CPU": 1.0}, total resources available: {"CPU": 0.0}. Use `ray status`.'
+    )
+    states = {"v1": ("", {"RUNNING": 2}), "v2": (waiting, {"STARTING": 1})}
+    deployments = {name: SimpleNamespace(message=told, replica_states=has) for name, (told, has) in states.items()}
+    app = SimpleNamespace(status="DEPLOYING", deployments=deployments)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"tickets": app}))
+    monkeypatch.setattr(warming, "_TELL_S", 0)
+    monkeypatch.setattr(warming, "_ROOM_S", 0.3)
+    told: list[str] = []
+    with pytest.raises(ValueError, match=r"no room for tickets's v2 in 0 s: a replica wants .*max_replicas") as caught:
+        warming._wait_until_running("tickets", told.append)
+    assert '{"CPU": 1.0} and {"CPU": 0.0} is free' in str(caught.value)
+    assert told[0] == "deploy: 0 s: v1 RUNNING, v2 STARTING (no room yet)"
 
 
 async def _answers(*_: Any) -> None:
