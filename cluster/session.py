@@ -108,18 +108,31 @@ class Head:
             return False
 
     def stop(self, timeout_s: float = 5) -> None:
-        """End this node and every process under it; no other Ray on the machine is touched."""
+        """End this node and every process of it; no other Ray on the machine is touched."""
         if not self.is_alive():
             return
-        family = [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]
-        psutil.Process(self.pid).terminate()  # ray start --block ends its own in order
+        head = psutil.Process(self.pid)
+        known = {head, *head.children(recursive=True)}
+        head.terminate()  # ray start --block ends its own in order
         deadline = time.monotonic() + timeout_s
-        while (left := [process for process in family if _runs(process)]) and time.monotonic() < deadline:
+        while left := [process for process in known | self._session() if _runs(process)]:
+            if time.monotonic() > deadline + timeout_s:
+                break  # nothing ends a process that the kernel holds
+            if time.monotonic() > deadline:
+                for process in left:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
             time.sleep(0.2)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
         self._forget()
+
+    def _session(self) -> set[psutil.Process]:
+        """What was born since somebody last looked, and has lost its parent: an engine, while a deployment ends."""
+        found = set()
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) == self.pid:
+                    found.add(process)
+        return found
 
     def _forget(self) -> None:
         """Take back the note by which every ``ray.init()`` on this machine finds this node, for it would hang."""
