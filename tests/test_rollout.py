@@ -431,6 +431,7 @@ def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) ->
 
 
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32"}
+PAGE = "https://app.example"
 BOTH_CORES = {"cpus_per_replica": 2}
 
 
@@ -469,12 +470,16 @@ def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, clie
     before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
     with fake_judge.serve() as other:
         fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
-        engine, front = {"engine_kwargs": ENGINE} | BOTH_CORES, {"ingress": {"limits": {"body_timeout_s": 2}}}
-        deploy(quickstart, tmp_path / "settings.yaml", f"tickets@{versions[1]}", fallback=fallback, **engine, **front)
+        front = {"ingress": {"limits": {"body_timeout_s": 2}, "cors_origins": [PAGE]}, "fallback": fallback}
+        settings = {"engine_kwargs": ENGINE} | BOTH_CORES | front
+        deploy(quickstart, tmp_path / "settings.yaml", f"tickets@{versions[1]}", **settings)
         reply = ask(client)
         assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
         assert reply.parse().choices[0].message.content == "ok"
         assert other.requests[-1]["model"] == "elsewhere"
+        for origin, allowed in ((PAGE, PAGE), ("https://evil.example", None)):
+            _, _, headers = post(f"{quickstart['url']}/chat/completions", BODY, Origin=origin)
+            assert headers.get("access-control-allow-origin") == allowed
     assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
 
 
