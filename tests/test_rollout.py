@@ -465,8 +465,26 @@ def test_without_room_for_two_versions_requests_wait_for_the_next_one(quickstart
     assert {version for _, version in seen["versions"]} == {production, other}
 
 
+def test_a_canary_without_room_says_so_and_can_be_interrupted(quickstart, versions, client) -> None:
+    """Both cores are production's since the test before this one."""
+    command = [sys.executable, "-m", "serving", "canary", "tickets", versions[0], "--weight", "10"]
+    waiting = subprocess.Popen(command, cwd=ROOT, env=quickstart["env"], stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr
+    lines = iter(waiting.stderr)
+    try:
+        assert next(lines).startswith(f"deploy: no room for {versions[0]} beside what runs; waiting for")
+        assert version_of(ask(client)) == versions[1]
+    finally:
+        waiting.terminate()
+    told = [*lines]
+    assert "deploy: back to what ran before\n" in told
+    assert told[-1] == "interrupted; see 'python -m serving status'\n"
+    assert waiting.wait(timeout=60) == 130
+    assert version_of(ask(client)) == versions[1]
+
+
 def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, client, tmp_path: Path) -> None:
-    """On the version that the test before this one left: only the ingress is replaced."""
+    """On the version that the tests before this one left: only the ingress is replaced."""
     before = {one.pid for one in _found(quickstart, "VLLM::EngineCore")}
     with fake_judge.serve() as other:
         fallback = {"base_url": f"{other.url}/v1", "endpoint_model": "elsewhere", "after_s": 0.0001}
@@ -493,22 +511,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
             answer += piece
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"body_too_slow"' in answer
-
-
-def test_a_canary_without_room_says_so_and_can_be_interrupted(quickstart, versions, client) -> None:
-    """Both cores are production's since the tests before this one."""
-    command = [sys.executable, "-m", "serving", "canary", "tickets", versions[0], "--weight", "10"]
-    waiting = subprocess.Popen(command, cwd=ROOT, env=quickstart["env"], stderr=subprocess.PIPE, text=True)
-    assert waiting.stderr
-    lines = iter(waiting.stderr)
-    assert next(lines).startswith(f"deploy: no room for {versions[0]} beside what runs; waiting for replicas to end")
-    assert version_of(ask(client)) == versions[1]
-    waiting.terminate()
-    told = [*lines]
-    assert "deploy: back to what ran before\n" in told
-    assert told[-1] == "interrupted; see 'python -m serving status'\n"
-    assert waiting.wait(timeout=60) == 130
-    assert version_of(ask(client)) == versions[1]
 
 
 def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
