@@ -115,7 +115,7 @@ class Head:
         known = {head, *head.children(recursive=True)}
         head.terminate()  # ray start --block ends its own in order
         deadline = time.monotonic() + timeout_s
-        while left := [process for process in known | self._session() if _runs(process)]:
+        while left := [process for process in known | of_session(self.pid) if _runs(process)]:
             if time.monotonic() > deadline + timeout_s:
                 break  # nothing ends a process that the kernel holds
             if time.monotonic() > deadline:
@@ -125,15 +125,6 @@ class Head:
             time.sleep(0.2)
         self._forget()
 
-    def _session(self) -> set[psutil.Process]:
-        """What was born since somebody last looked, and has lost its parent: an engine, while a deployment ends."""
-        found = set()
-        for process in psutil.process_iter():
-            with suppress(ProcessLookupError):
-                if os.getsid(process.pid) == self.pid:
-                    found.add(process)
-        return found
-
     def _forget(self) -> None:
         """Take back the note by which every ``ray.init()`` on this machine finds this node, for it would hang."""
         from ray._common.utils import get_ray_address_file
@@ -141,6 +132,18 @@ class Head:
         note = Path(get_ray_address_file(None))
         if note.exists() and note.read_text().strip().rpartition(":")[2] == self.address.rpartition(":")[2]:
             note.unlink(missing_ok=True)
+
+
+def of_session(leader: int) -> set[psutil.Process]:
+    """Processes of the session that ``leader`` began, those among them that have lost their parent: an engine, for one,
+    that was being born while its deployment ended.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                found.add(process)
+    return found
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -1,6 +1,6 @@
 """Adapter-steps a second of the shared-base engine against solo training, whole machine against whole machine.
 
-    python scripts/bench_engine.py --json [--device cuda] [--shape 0.5b] [--rounds 3] [--picture FILE]
+    python scripts/bench_engine.py --json [--device cuda] [--shape tiny|0.1b|0.5b|8b] [--rounds 3] [--picture FILE]
                                    [--dequantise once|every-pass]
 
 Three sides, interleaved in one go, for each number of adapters K and of tokens in one adapter's step:

@@ -179,7 +179,7 @@ def _no_room(name: str, lacking: dict[str, str], waited_s: float) -> str:
     needs = f"a replica wants {wanted[1]} and {wanted[2]} is free" if wanted else "no node has taken its replica"
     return (
         f"serving: no room for {name}'s {deployment} in {waited_s:.0f} s: {needs}; others may have grown under load: "
-        f"give a smaller autoscaling_config.max_replicas in {OTHERWISE}, or use a larger cluster"
+        f"deploy it with a smaller autoscaling_config.max_replicas, {OTHERWISE}, or use a larger cluster"
     )
 
 

@@ -12,18 +12,20 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fake_judge
 import optuna
+import psutil
 import pytest
 from browser import CHROMIUM, look_at
 from conftest import ROOT, home_of, winnow
 from optuna.trial import TrialState
 
-from cluster import files, paths
+from cluster import files, paths, session
 from sweeps import loading
 
 KEYS = ["run_id", "name", "status", "wall_s", "dataset_hash", "base_model", "trials", "best_trial_id", "scores",
@@ -295,14 +297,9 @@ def test_an_interrupted_sweep_goes_on_and_loses_nothing(how, backend, home: Path
 
 def _end_orphans(driver: subprocess.Popen[str]) -> None:
     """The killed driver's own Ray, which nobody else would end; found by the driver's session."""
-    import psutil
-
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == driver.pid:
-                process.kill()
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
+    for process in session.of_session(driver.pid):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_bad_data_stops_before_a_run_exists(home: Path, definition, write, tmp_path: Path) -> None:
