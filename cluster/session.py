@@ -22,6 +22,7 @@ AUTH_TOKEN = Path("~/.ray/auth_token")
 # Set before ray is imported. Workers of a local cluster inherit them.
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that polls once more after we left would start a session anew
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "8",  # trials that only relay are many, and Ray warns of many processes

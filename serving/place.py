@@ -93,7 +93,11 @@ def _connected(address: str) -> Iterator[None]:
         from ray import serve  # noqa: F401  it makes its logger as it is imported
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it prints every option, and its own slow moments
-        yield
+        try:
+            yield
+        finally:  # handles poll in a thread that nothing ends: what it comes upon after we left is no news
+            for name in ("ray.serve", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def of(model: str, host: str | None, port: int | None) -> Deployed:

@@ -1,9 +1,10 @@
-"""Ray nodes that Winnow starts end with all that they started."""
+"""Ray nodes that Winnow starts end with all that they started, and what has left Ray stays away."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 
 import psutil
@@ -29,3 +30,15 @@ def test_a_node_takes_along_what_has_lost_its_parent() -> None:
     Head("127.0.0.1:1", shell.pid, psutil.Process(shell.pid).create_time()).stop(timeout_s=0.5)
     shell.wait(timeout=5)
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_process_that_has_left_does_not_come_back() -> None:
+    """Serve's handles poll from a thread that nothing ends; by default whatever asks Ray after that connects again,
+    or starts a cluster that nobody knows of."""
+    asks = (
+        "from cluster import session; session.quieten(); import ray\n"
+        "try: ray.get_actor('nobody')\n"
+        "except Exception: print(ray.is_initialized())"
+    )
+    told = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True, timeout=120)
+    assert told.stdout == "False\n"
