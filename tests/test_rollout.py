@@ -40,13 +40,17 @@ def versions(quickstart) -> tuple[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINNOW_HOME", str(quickstart["home"]))
         first = registry.find("tickets")
-        with registry.staging("tickets") as staged:
-            for file in first.path.iterdir():
-                if file.name != "record.json":
-                    shutil.copyfile(file, staged / file.name)
-            (staged / "NOTES.txt").write_text("trained anew")
-            second = registry.register("tickets", staged, first.record)
-    return first.version, second.version
+        return first.version, copied(first, "tickets", "trained anew")
+
+
+def copied(source: registry.ModelVersion, model: str, notes: str) -> str:
+    """A version of ``model`` that answers as ``source`` does."""
+    with registry.staging(model) as staged:
+        for file in source.path.iterdir():
+            if file.name != "record.json":
+                shutil.copyfile(file, staged / file.name)
+        (staged / "NOTES.txt").write_text(notes)
+        return registry.register(model, staged, source.record).version
 
 
 @pytest.fixture(scope="module")
@@ -513,9 +517,11 @@ def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
     assert b'"code":"body_too_slow"' in answer
 
 
+TO_ZERO = {"min_replicas": 0, "downscale_to_zero_delay_s": 11, "look_back_period_s": 11}
+
+
 def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
-    scaling = {"min_replicas": 0, "downscale_to_zero_delay_s": 11, "look_back_period_s": 11}
-    deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, autoscaling_config=scaling)
+    deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, autoscaling_config=TO_ZERO)
     deadline = time.monotonic() + 90
     while _found(quickstart, "VLLM::EngineCore") and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -524,9 +530,33 @@ def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, t
     assert _found(quickstart, "VLLM::EngineCore")
 
 
+def test_another_model_of_ours_answers_where_one_is_late(
+    quickstart, client, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._common.network_utils import find_free_port
+
+    monkeypatch.setenv("WINNOW_HOME", str(quickstart["home"]))
+    registry.promote("spare", copied(registry.find("tickets"), "spare", "the one to fall back to"), "test")
+    fallback = {"model": "spare", "after_s": 0.0001}
+    settings = {"engine_kwargs": ENGINE, "autoscaling_config": TO_ZERO, "fallback": fallback}
+    deploy(quickstart, tmp_path / "settings.yaml", **settings)
+    with pytest.raises(openai.APIStatusError, match="the fallback spare is not deployed"):
+        ask(client)
+    file = tmp_path / "spare.yaml"
+    file.write_text(json.dumps({"engine_kwargs": ENGINE, "autoscaling_config": {"max_replicas": 1}}))
+    made = serving(quickstart, "deploy", "spare", "--port", str(find_free_port()), "--settings", str(file))
+    reply = ask(client)
+    assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
+    own = ask(openai.OpenAI(base_url=made["url"], api_key="unused", max_retries=0, timeout=120), model="spare")
+    assert reply.parse().choices[0].message.content == own.parse().choices[0].message.content
+    streamed = client.chat.completions.create(model="tickets", messages=ASKED, stream=True, temperature=0, max_tokens=4)
+    told = "".join(piece.choices[0].delta.content or "" for piece in streamed)
+    assert told == own.parse().choices[0].message.content
+
+
 def test_stop_ends_all_of_it(quickstart) -> None:
     head = psutil.Process(json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"])
     family = [head, *head.children(recursive=True)]
-    assert serving(quickstart, "stop") == {"stopped": ["tickets"]}
+    assert serving(quickstart, "stop") == {"stopped": ["spare", "tickets"]}
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert winnow("serving", "status", env=quickstart["env"]).stderr.strip() == "nothing is deployed"
