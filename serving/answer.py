@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serving import events, place
+from serving import events, limits, place
 from serving.counts import Counts
 from serving.errors import ApiError
 from serving.handover import Begun, Broken, Lending
@@ -24,6 +24,11 @@ from serving.upstream import Overloaded, Replies, Reply, pieces
 
 FALLBACK = "fallback"
 _LAST_WORD_S = 1.0
+_OF_THE_REQUEST = (400, 413, 422)
+"""Statuses that say something of the request, whoever sent it."""
+_STUCK = "Internal server error"
+"""What vLLM says (``GenerationError``) when an answer can't go on; an engine that died is told in other words."""
+_NO_TEXT = ApiError(400, "no text has the form that is asked for: its schema or grammar never ends", "unmet_format")
 T = TypeVar("T")
 VERSION_HEADER, VARIANT_HEADER, FALLBACK_HEADER = "x-winnow-version", "x-winnow-variant", "x-winnow-fallback"
 
@@ -137,23 +142,38 @@ class Answer:
         return self._headers | {VERSION_HEADER: self._target.version, VARIANT_HEADER: self._target.variant}
 
     async def _refused(self, reply: Reply) -> Response:
-        """vLLM's own error, which has OpenAI's shape already; or whatever else answered, in that shape."""
+        """vLLM's own error, which has OpenAI's shape already; or whatever else answered, in that shape.
+
+        Raises:
+            ApiError: a fallback refuses us, not the client's request: our key, our name of its model, its own load.
+        """
         raw = await reply.read()
-        broken = reply.status >= 500
-        self._note(None, Counts(requests=1, errors=int(broken), rejected=int(not broken)))
+        if self._target.variant == FALLBACK and reply.status not in _OF_THE_REQUEST:
+            raise self.failed(Overloaded(f"the fallback answers {reply.status}"))
+        status = reply.status
         try:
             content = json.loads(raw)
-            assert isinstance(content["error"], dict), "OpenAI's shape"
-        except (ValueError, KeyError, TypeError, AssertionError):
-            content = ApiError(reply.status, "the model could not answer", "upstream_error").body
-        return JSONResponse(content, reply.status, headers=self._all_headers())
+        except ValueError:
+            content = None
+        told = events.error_in(content)
+        if self._unmet(told):
+            status, content = 400, _NO_TEXT.body
+        elif not told:
+            content = ApiError(status, "the model could not answer", "upstream_error").body
+        self._note(None, Counts(requests=1, errors=int(status >= 500), rejected=int(status < 500)))
+        return JSONResponse(content, status, headers=self._all_headers())
+
+    def _unmet(self, told: str) -> bool:
+        """Whether that error is the request's own doing: it wants a form that no text has, which vLLM notices when no
+        token is left to choose, and calls a failure of its own."""
+        return told == _STUCK and limits.holds_to_a_form(self._body)
 
     async def _whole(self, reply: aiohttp.ClientResponse) -> Response:
         try:
             async with asyncio.timeout(self._left_s):
                 raw = await reply.read()
-            answer = json.loads(raw)
-        except (aiohttp.ClientError, ValueError):
+            answer = dict(json.loads(raw))
+        except (aiohttp.ClientError, ValueError, TypeError):
             raise self.failed(went_away()) from None
         texts = events.texts(answer)
         counts = self._answered(answer.get("usage") or {}, bad=not all(texts) or self._bad_json(texts))
@@ -202,7 +222,8 @@ class Answer:
     def _end_of_stream(self, told: events.Told) -> bytes | None:
         """Count it; the event that has to end it where it is not done."""
         if told.failed or not told.done:
-            self._note(told.id, Counts(requests=1, errors=1))
+            unmet = int(self._unmet(told.failed))
+            self._note(told.id, Counts(requests=1, errors=1 - unmet, rejected=unmet))
             if told.late:
                 return too_late().event
             return None if told.failed else went_away().event

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 _END = b"\n\n"
-_DONE = b"data: [DONE]"
+_DATA, _DONE, _ERROR = b"data:", b"[DONE]", b'{"error"'
+_ID = re.compile(rb'"id": ?"([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Told:
         id: of the answer.
         usage: its token counts.
         done: it ended as it should.
-        failed: vLLM told an error in it.
+        failed: what an error in it said.
         late: it took longer than it might.
         first_at: when its first event was passed on, by the machine's monotonic clock.
         texts: the answers, one a choice, where they were kept.
@@ -27,7 +29,7 @@ class Told:
     id: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     done: bool = False
-    failed: bool = False
+    failed: str = ""
     late: bool = False
     first_at: float | None = None
     texts: list[str] = field(default_factory=list)
@@ -47,28 +49,35 @@ class Stream:
     _id: str | None = None
     _usage: dict[str, Any] = field(default_factory=dict)
     _done: bool = False
-    _failed: bool = False
+    _failed: str = ""
     _rest: bytes = b""
     _kept: list[bytes] = field(default_factory=list)
 
     def feed(self, piece: bytes) -> bytes:
         """What of ``piece`` is to be passed on: whole events, less the token counts that nobody asked for."""
-        *events, self._rest = (self._rest + piece).split(_END)
+        rest = self._rest + piece
+        if b"\r" in rest:  # an endpoint that is not vLLM; in JSON it would be escaped
+            rest = rest.replace(b"\r\n", b"\n")
+        *events, self._rest = rest.split(_END)
         passed = [event for event in events if self._take(event)]
         return _END.join([*passed, b""]) if passed else b""
 
     def _take(self, event: bytes) -> bool:
-        if self._id is None:
-            self._id = _id(event)
-        if b'"usage":{' in event and b'"choices":[]' in event:
-            self._usage = json.loads(event.removeprefix(b"data: "))["usage"]
-            return self.show_usage
-        if event == _DONE:
+        if not event.startswith(_DATA):  # a comment, which keeps a connection open
+            return True
+        said = event[len(_DATA) :].lstrip()
+        if self._id is None and (found := _ID.search(said)):  # without reading all of its JSON a second time
+            self._id = found[1].decode()
+        if b'"usage"' in said and (usage := (chunk := _object(said)).get("usage")):
+            self._usage = usage
+            if not chunk.get("choices"):
+                return self.show_usage
+        if said == _DONE:
             self._done = True
-        elif event.startswith(b'data: {"error"'):
-            self._failed = True
+        elif said.startswith(_ERROR):
+            self._failed = error_in(_object(said)) or "an error"
         elif self.keep:
-            self._kept.append(event.removeprefix(b"data: "))
+            self._kept.append(said)
         return True
 
     def told(self, first_at: float | None = None, late: bool = False) -> Told:
@@ -78,16 +87,25 @@ class Stream:
     def _texts(self) -> list[str]:
         found: dict[int, str] = {}
         for event in self._kept:
-            for choice in json.loads(event)["choices"]:
+            for choice in _object(event).get("choices") or ():
                 piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 found[choice["index"]] = found.get(choice["index"], "") + piece
         return [found[index] for index in sorted(found)]
 
 
-def _id(event: bytes) -> str | None:
-    """Of the first event, without reading all of its JSON a second time."""
-    start = event.find(b'"id":"')
-    return event[start + 6 : event.find(b'"', start + 6)].decode() if start >= 0 else None
+def _object(said: bytes) -> dict[str, Any]:
+    """Nothing where it is no JSON: whoever sent it, the client gets it as it is."""
+    try:
+        found = json.loads(said)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def error_in(answer: Any) -> str:
+    """What an error of OpenAI's shape says; empty where it is none."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""
 
 
 def texts(answer: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ _REFUSED = {
     "chat_template": "the model's own chat template is used",
     "prompt_embeds": "give a prompt as text",
     "kv_transfer_params": "it is for engines among themselves",
+    "ec_transfer_params": "it is for engines among themselves",
     "vllm_xargs": "it is for the engine's own settings",
     "logits_processors": "it would name code to run",
     "mm_processor_kwargs": "it is for the engine's own settings",
@@ -57,6 +59,8 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
     for name, reason in _REFUSED.items():
         if body.get(name) is not None:
             raise ApiError(400, f"{name} is not taken in a request; {reason}", "unsupported_parameter", name)
+    if not isinstance(body.get("stream"), bool | None):
+        raise _of_another_type("stream", "true or false", body["stream"])
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _at_most(body, name, limits.max_tokens)
     for name in ("n", "best_of"):
@@ -69,8 +73,18 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
 
 def _at_most(body: dict[str, Any], name: str, most: int) -> None:
     value = body.get(name)
-    if isinstance(value, int) and value > most:  # what is no number is vLLM's to refuse
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _of_another_type(name, "a whole number", value)
+    if value > most:
         raise _beyond(name, value, most)
+
+
+def _of_another_type(name: str, wanted: str, value: Any) -> ApiError:
+    """vLLM would read a number in a text, or a 1 as true: what was not looked at here."""
+    got = textwrap.shorten(json.dumps(value), 40)
+    return ApiError(400, f"{name} must be {wanted}, but got {got}", "invalid_type", name)
 
 
 def _beyond(name: str, value: int, most: int, unit: str = "") -> ApiError:
@@ -103,6 +117,11 @@ def _check_stop(stop: Any, limits: LimitsSpec) -> None:
         raise _beyond("stop", len(strings), limits.max_stop_strings, " strings")
     if (length := sum(len(one) for one in strings if isinstance(one, str))) > limits.max_stop_chars:
         raise _beyond("stop", length, limits.max_stop_chars, " characters")
+
+
+def holds_to_a_form(body: dict[str, Any]) -> bool:
+    """Whether the answer is held to what a schema, a grammar or a tool allows."""
+    return any(body.get(name) for name in (*_SCHEMAS, "response_format", "structured_outputs"))
 
 
 def _schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:

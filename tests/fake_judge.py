@@ -59,6 +59,8 @@ def serve(opinion: Opinion = fair) -> Iterator[Judge]:
             first = turns[0]["content"]
             said = opinion(system, json.loads(first)) if first.startswith("{") else "ok"
             text = said if isinstance(said, str) else json.dumps(said)
+            if body.get("stream"):
+                return self._stream(text)
             return self._send(200, _message(text) if anthropic else _completion(text, judge.usage))
 
         def _send(self, status: int, value: dict[str, Any]) -> None:
@@ -69,6 +71,19 @@ def serve(opinion: Opinion = fair) -> Iterator[Judge]:
             self.send_header("retry-after-ms", "1")
             self.end_headers()
             self.wfile.write(content)
+
+        def _stream(self, text: str) -> None:
+            """Of OpenAI's, as servers write it that are not vLLM: the line ends of HTTP, and comments in between."""
+            about = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "judge"}
+            chunks = [{"choices": [{"index": 0, "delta": {"content": letter}}]} for letter in text]
+            usage = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+            said = [": ping", *(f"data: {json.dumps(about | one)}" for one in [*chunks, usage]), "data: [DONE]"]
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write("".join(f"{one}\r\n\r\n" for one in said).encode())
+            self.close_connection = True
 
         def log_message(self, *_: object) -> None:
             """Quiet."""

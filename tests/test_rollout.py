@@ -277,6 +277,25 @@ def test_structured_output_works_also_after_a_malformed_schema(quickstart) -> No
         assert post(url, BODY | formed({"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}))[0] == 400
 
 
+def test_a_form_that_no_text_has_is_the_clients_mistake(quickstart, client) -> None:
+    """vLLM calls it a failure of the server: such requests would roll a canary back."""
+    before = _counted(quickstart)
+    for endless in (formed({"$ref": "#"}), {"structured_outputs": {"grammar": "root ::= root"}}):
+        status, answer, _ = post(f"{quickstart['url']}/chat/completions", BODY | endless)
+        assert (status, answer["error"]["code"]) == (400, "unmet_format")
+    with pytest.raises(openai.APIError, match="error"):
+        list(client.chat.completions.create(model="tickets", messages=ASKED, stream=True, **formed({"$ref": "#"})))
+    time.sleep(1.5)
+    after = _counted(quickstart)
+    assert (after["errors"], after["rejected"]) == (before["errors"], before["rejected"] + 3)
+
+
+def _counted(quickstart) -> dict[str, Any]:
+    """Of production, whichever version that is."""
+    app = serving(quickstart, "status")["applications"]["tickets"]
+    return app["variants"][f"{app['version']} production"]
+
+
 def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
     root = quickstart["url"].removesuffix("/v1")
     headers = {"Origin": "https://evil.example"}
@@ -499,6 +518,13 @@ def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, clie
         assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
         assert reply.parse().choices[0].message.content == "ok"
         assert other.requests[-1]["model"] == "elsewhere"
+        streamed = [*client.chat.completions.create(model="tickets", messages=ASKED, stream=True)]
+        assert "".join(piece.choices[0].delta.content for piece in streamed) == "ok"
+        for status, told in ((400, 400), (401, 503), (429, 503)):  # 400 is the client's own affair, the others ours
+            other.failures.append(status)
+            with pytest.raises(openai.APIStatusError) as caught:
+                ask(client)
+            assert caught.value.status_code == told
         for origin, allowed in ((PAGE, PAGE), ("https://evil.example", None)):
             _, _, headers = post(f"{quickstart['url']}/chat/completions", BODY, Origin=origin)
             assert headers.get("access-control-allow-origin") == allowed

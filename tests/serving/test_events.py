@@ -29,7 +29,7 @@ def test_however_it_is_cut_the_same_comes_out(size: int) -> None:
     passed = b"".join(stream.feed(WHOLE[start : start + size]) for start in range(0, len(WHOLE), size))
     assert passed == WHOLE.replace(USAGE, b"")
     told = stream.told()
-    assert (told.id, told.done, told.failed) == ("chatcmpl-1", True, False)
+    assert (told.id, told.done, told.failed) == ("chatcmpl-1", True, "")
     assert told.usage == {"prompt_tokens": 3, "completion_tokens": 2}
     assert told.texts == ['{"a": 1}']
 
@@ -38,10 +38,31 @@ def test_token_counts_are_passed_on_to_whoever_asked() -> None:
     assert Stream(show_usage=True, keep=False).feed(WHOLE) == WHOLE
 
 
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_other_servers_write_events_in_other_ways(size: int) -> None:
+    """Spaces in the JSON, the line ends of HTTP, comments in between, token counts that are null or beside a choice."""
+    first, last = {"index": 0, "delta": {"content": "a"}}, {"index": 0, "delta": {"content": "b"}}
+    events = [
+        ": ping",
+        f"data: {json.dumps({'id': 'theirs', 'choices': [first], 'usage': None})}",
+        ": ping",
+        f"data:{json.dumps({'id': 'theirs', 'choices': [last], 'usage': {'completion_tokens': 2}})}",
+        "data: not what was promised",
+        "data: [DONE]",
+    ]
+    whole = b"".join(f"{one}\r\n\r\n".encode() for one in events)
+    stream = Stream(show_usage=False, keep=True)
+    passed = b"".join(stream.feed(whole[start : start + size]) for start in range(0, len(whole), size))
+    assert passed == whole.replace(b"\r\n", b"\n")
+    told = stream.told()
+    assert (told.id, told.usage, told.done, told.failed) == ("theirs", {"completion_tokens": 2}, True, "")
+    assert told.texts == ["ab"]
+
+
 def test_an_error_in_the_stream_is_seen() -> None:
     stream = Stream(show_usage=False, keep=False)
     stream.feed(delta("a") + b'data: {"error": {"message": "no"}}\n\n' + DONE)
-    assert stream.told().failed
+    assert stream.told().failed == "no"
     assert not Stream(show_usage=False, keep=False).told().done
 
 

@@ -138,7 +138,7 @@ def test_events_come_whole_and_the_connection_stays_for_the_next_request(scenari
             said = "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events[:-1])
             assert said == "".join(f"{number} " for number in range(words))
             told = front.told[-1]
-            assert (told.id, told.usage, told.done, told.failed, told.late) == ("one", USAGE, True, False, False)
+            assert (told.id, told.usage, told.done, told.failed, told.late) == ("one", USAGE, True, "", False)
             assert told.texts == ([said] if words else [])
         assert replica.ended == ["done"] * 3
         assert len(session.connector._conns) == 1, "one connection for all of them"
