@@ -87,15 +87,15 @@ class Timetable:
         if found.decision is not Decision.HOLD:
             self._step = None  # whatever comes next begins anew
         if found.decision is Decision.ROLL_BACK:
-            registry.roll_back(self._model, reason)
+            registry.roll_back(self._model, reason, judged=plan)
         elif found.decision is Decision.HOLD:
             if found.reason != self._told:  # a reason is history once, not once a second
                 registry.note(self._model, CANARY, version, reason)
                 self._told = found.reason
         elif following == len(self._spec.steps):
-            registry.promote(self._model, version, reason)
+            registry.promote(self._model, version, reason, judged=plan)
         else:
-            registry.set_canary(self._model, version, self._spec.steps[following], reason, following)
+            registry.set_canary(self._model, version, self._spec.steps[following], reason, following, judged=plan)
 
 
 def _by_variant(counts: dict[Who, Counts]) -> dict[str, Counts]:
@@ -115,7 +115,7 @@ class Conductor:
 
     async def __init__(self, model: str, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._counts: dict[Who, Counts] = {}
-        self._answers: OrderedDict[str, Who] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[Who, float | None]] = OrderedDict()
         self._untold: dict[str, Spent] = {}
         self._timetable = Timetable(model, with_changes(settings, {}).canary)
         self._since = time.time()
@@ -137,17 +137,21 @@ class Conductor:
                 add_spent(untold, delta.spent)
         for who, counts in delta.counts.items():
             self._counts.setdefault(who, Counts()).merge(counts)
-        self._answers.update(delta.answers)
+        for identity, who in delta.answers.items():
+            self._answers.setdefault(identity, (who, None))
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
         told, self._untold[ingress] = self._untold.get(ingress, {}), {}
         return told
 
     def feedback(self, identity: str, score: float) -> bool:
-        """Count a score from 0 to 1 for whoever gave that answer; False where nobody is known to have."""
-        if (who := self._answers.get(identity)) is None:
+        """Count a score from 0 to 1 for whoever gave that answer, in the place of an earlier one; False where nobody is
+        known to have."""
+        if (known := self._answers.get(identity)) is None:
             return False
-        self._counts[who].merge(Counts(feedback=1, feedback_sum=score))
+        who, before = known
+        self._answers[identity] = (who, score)
+        self._counts[who].merge(Counts(feedback=int(before is None), feedback_sum=score - (before or 0.0)))
         return True
 
     def variants(self) -> dict[str, Any]:

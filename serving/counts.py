@@ -49,8 +49,13 @@ class Counts:
     latency: Seconds = field(default_factory=Seconds)
 
     @property
+    def judged(self) -> int:
+        """Those that say something of the variant."""
+        return self.requests - self.rejected
+
+    @property
     def answered(self) -> int:
-        return self.requests - self.errors - self.rejected
+        return self.judged - self.errors
 
     @property
     def feedback_mean(self) -> float | None:

@@ -6,7 +6,6 @@ tokenizer, so equal models share a version and a name never means two things.
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import hashlib
 import json
@@ -117,16 +116,44 @@ def set_alias(model: str, alias: str, version: str, reason: str) -> None:
         _point(model, alias, version, reason)
 
 
-def promote(model: str, version: str, reason: str) -> None:
-    """Make ``version`` production. A canary ends with it: it was held against what production was."""
+def settle(model: str, version: str, reason: str) -> None:
+    """Have production name what serves, where a sweep or a deployment has moved one of the two. What was production
+    before that is unknown then: nobody can tell which versions served."""
     with _writing(model):
+        now = aliases(model)
+        if (before := now.get(PRODUCTION)) == version:
+            return
+        now.pop(PREVIOUS, None)
+        _write_aliases(model, now | {PRODUCTION: version})
+        _note(model, PRODUCTION, version, before, reason)
+
+
+def end_canary(model: str, reason: str) -> None:
+    """If there is one."""
+    with _writing(model):
+        if CANARY in aliases(model):
+            _drop_canary(model, reason)
+
+
+def promote(model: str, version: str, reason: str, judged: dict[str, Any] | None = None) -> None:
+    """Make ``version`` production. A canary ends with it: it was held against what production was.
+
+    Args:
+        judged: of a canary: nothing is done where it is not the present one any more.
+    """
+    with _writing(model):
+        if judged and canary(model) != judged:
+            return
         _point(model, PRODUCTION, version, reason)
         if CANARY in aliases(model):
             _drop_canary(model, reason)
 
 
-def roll_back(model: str, reason: str) -> str:
+def roll_back(model: str, reason: str, judged: dict[str, Any] | None = None) -> str:
     """End the canary, or where there is none, put production back to its previous version.
+
+    Args:
+        judged: as of ``promote``.
 
     Returns:
         The version that production is now.
@@ -136,7 +163,9 @@ def roll_back(model: str, reason: str) -> str:
     """
     with _writing(model):
         now = aliases(model)
-        if CANARY in now:
+        if judged and canary(model) != judged:
+            pass
+        elif CANARY in now:
             _drop_canary(model, reason)
         elif PREVIOUS in now:
             _point(model, PRODUCTION, now[PREVIOUS], reason)
@@ -145,13 +174,23 @@ def roll_back(model: str, reason: str) -> str:
         return aliases(model)[PRODUCTION]
 
 
-def set_canary(model: str, version: str, weight: float, reason: str, step: int | None = None) -> None:
+def set_canary(
+    model: str,
+    version: str,
+    weight: float,
+    reason: str,
+    step: int | None = None,
+    judged: dict[str, Any] | None = None,
+) -> None:
     """Send ``weight`` percent of the traffic to ``version``.
 
     Args:
         step: of its timetable, from 0; None for a canary that only people move.
+        judged: as of ``promote``.
     """
     with _writing(model):
+        if judged and canary(model) != judged:
+            return
         plan = {"version": version, "weight": weight, "step": step, "since": _now()}
         files.write_json(_canary_file(model), plan)  # before the alias: a canary without a plan gets nothing
         now = aliases(model)
@@ -184,8 +223,7 @@ def history(model: str) -> list[dict[str, Any]]:
 @contextmanager
 def _writing(model: str) -> Iterator[None]:
     """One writer at a time: commands and the conductor of a canary move the same aliases."""
-    with (paths.model_dir(model) / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.locked(paths.model_dir(model) / ".lock"):
         yield
 
 

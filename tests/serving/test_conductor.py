@@ -11,6 +11,7 @@ from test_registry import put
 from serving import registry
 from serving.conductor import Conductor, Delta, Timetable
 from serving.counts import Counts
+from serving.judgement import Decision, Judgement
 from serving.spec import CanarySpec
 
 SPEC = CanarySpec(steps=(10, 50), step_s=60, min_requests=20)
@@ -79,6 +80,20 @@ def test_a_second_canary_is_judged_by_its_own_counts(versions) -> None:
     assert registry.canary("tickets")["weight"] == 50
 
 
+@pytest.mark.parametrize("decision", [Decision.ADVANCE, Decision.ROLL_BACK])
+@pytest.mark.parametrize("steps", [(10,), (10, 50)])
+def test_what_somebody_moved_while_it_was_judged_stays(versions, decision: Decision, steps: tuple) -> None:
+    """A rollback by hand, and another canary, come between the judgement and what follows from it."""
+    timetable, plan = Timetable("tickets", CanarySpec(steps=steps)), registry.canary("tickets")
+    registry.roll_back("tickets", "by hand")
+    timetable._act(plan, Judgement(decision, "seen"))
+    assert registry.aliases("tickets") == {"production": versions[0]}
+    registry.set_canary("tickets", versions[1], 30, "by hand")
+    before = registry.canary("tickets")
+    timetable._act(plan, Judgement(decision, "seen"))
+    assert registry.canary("tickets") == before
+
+
 def test_a_canary_that_people_move_is_left_alone(versions) -> None:
     registry.set_canary("tickets", versions[1], 30, "an A/B test")
     timetable, total = Timetable("tickets", SPEC), {}
@@ -114,6 +129,11 @@ def test_counts_of_several_replicas_come_together_and_feedback_finds_its_variant
         found = conductor.variants()["variants"]
         assert {who: counts["requests"] for who, counts in found.items()} == {"v1 production": 2, "v2 canary": 1}
         assert found["v2 canary"]["feedback_mean"] == 0.25
+        conductor.report("b", other)
+        for score in (0.5, 1.0):  # of one answer the last score counts, and it counts once
+            assert conductor.feedback("answer-3", score)
+        scored = conductor.variants()["variants"]["v2 canary"]
+        assert (scored["feedback"], scored["feedback_mean"]) == (1, 1.0)
         conductor._clock.cancel()
 
     asyncio.run(scenario())

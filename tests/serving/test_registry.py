@@ -43,6 +43,18 @@ def test_production_leaves_a_previous_and_a_history(home: Path) -> None:
     assert [json.loads(line)["reason"] for line in lines] == ["run a", "run b"]
 
 
+def test_production_is_settled_on_what_serves(home: Path) -> None:
+    first, second = put(home, "one"), put(home, "two")
+    registry.set_alias("tickets", "production", first.version, "run a")
+    registry.set_alias("tickets", "production", second.version, "run b")  # and nobody deployed it
+    registry.settle("tickets", first.version, "it is what serves")
+    assert registry.aliases("tickets") == {"production": first.version}, "the second one never was production"
+    registry.settle("tickets", first.version, "again")
+    assert [entry["reason"] for entry in registry.history("tickets")] == ["run a", "run b", "it is what serves"]
+    registry.promote("tickets", second.version, "promote")
+    assert registry.aliases("tickets") == {"production": second.version, "previous": first.version}
+
+
 def test_a_reference_names_production_a_version_or_an_alias(home: Path) -> None:
     first, second = put(home, "one"), put(home, "two")
     registry.set_alias("tickets", "production", second.version, "test")
