@@ -52,6 +52,15 @@ def held(path: Path, otherwise: str) -> Iterator[None]:
 
 
 @contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """The same, and whoever else wants it waits; those who want it ``shared`` only for one who does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
 

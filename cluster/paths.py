@@ -176,6 +176,21 @@ def serving_lock_file(model: str) -> Path:
     return home() / f"serving-{name}.lock"
 
 
+def cluster_users_file() -> Path:
+    """Held, with others, by each command that uses the cluster."""
+    return home() / "cluster-users.lock"
+
+
+def cluster_writing_file() -> Path:
+    """Held by the one command that starts or ends the cluster, or writes what is deployed there."""
+    return home() / "cluster-writing.lock"
+
+
+def port_file(port: int) -> Path:
+    """Held by the one command that is about to have a model listen there."""
+    return home() / f"port-{port}.lock"
+
+
 def serving_log() -> Path:
     """What that cluster's head node says."""
     return home() / "serving.log"

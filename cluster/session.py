@@ -191,12 +191,15 @@ def start_head(
     started, metrics = psutil.Process(process.pid).create_time(), ports["--metrics-export-port"]
     head = Head(f"127.0.0.1:{ports['--port']}", process.pid, started, metrics)
     deadline = time.monotonic() + timeout_s
-    while "Ray runtime started" not in log.read_text(errors="replace"):
-        if process.poll() is not None or time.monotonic() > deadline:
-            head.stop()
-            raise RuntimeError(f"ray start failed: {log.read_text(errors='replace').strip()[-500:]}")
-        time.sleep(0.2)
-    protect_token()
+    try:
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"ray start failed: {log.read_text(errors='replace').strip()[-500:]}")
+            time.sleep(0.2)
+        protect_token()
+    except BaseException:  # interrupted, too: nobody knows of it yet
+        head.stop()
+        raise
     return head
 
 

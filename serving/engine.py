@@ -124,7 +124,7 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
         placement_group_config={"bundle_per_worker": bundle},
         engine_kwargs=engine_kwargs(spec),
         deployment_config={
-            "autoscaling_config": spec.autoscaling_config.model_dump(),
+            "autoscaling_config": spec.autoscaling_config.model_dump() | _at_first(spec),
             "max_ongoing_requests": spec.max_ongoing_requests,
             "max_queued_requests": spec.max_queued_requests,
             "graceful_shutdown_timeout_s": spec.grace_s,
@@ -136,6 +136,12 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
         runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
         experimental_configs={"stream_batching_interval_ms": 0},
     )
+
+
+def _at_first(spec: ServingSpec) -> dict[str, int]:
+    """Even where no replica may be left later, one shows that it can start. Elsewhere none is named: Serve would come
+    back to so many whenever the deployment's configuration changes."""
+    return {"initial_replicas": 1} if spec.autoscaling_config.min_replicas == 0 else {}
 
 
 def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from serving import registry
 from serving.traffic import Routes
 
 HOST, PORT = "127.0.0.1", 8000
+_POLL_S, _TELL_S = 0.2, 15
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 _OF_OUR_CLUSTER = {
     # A replica's code and its handles run in the event loop in which requests arrive: a hop between two threads costs
@@ -60,31 +62,42 @@ class Deployed:
 def cluster(log: Log, start: bool) -> Iterator[bool]:
     """Connected to the serving cluster for the block; False where there is none and ``start`` is not set.
 
-    A cluster that was started here ends again if the block fails.
+    A cluster of our own on which nothing is deployed, and which no other command uses, ends if the block fails.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    own = _own_address()
-    address = os.environ.get("RAY_ADDRESS") or own
-    if not address and not start:
-        yield False
-        return
-    if address:
-        if address == own:
-            session.require_token()
-        with _connected(address):
-            yield True
-        return
-    log("deploy: starting a Ray cluster on this machine")
-    head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER)
-    files.write_json(paths.serving_state_file(), {"head": asdict(head)})
     try:
-        with _connected(head.address):
-            yield True
+        with files.locked(paths.cluster_users_file(), shared=True):
+            address = _address(log) if start else os.environ.get("RAY_ADDRESS") or _own_address()
+            if not address:
+                yield False
+                return
+            if address == _own_address():
+                session.require_token()
+            with _connected(address):
+                yield True
     except BaseException:
-        head.stop()
-        forget()
+        if start:
+            _end_unused()
         raise
+
+
+def _address(log: Log) -> str:
+    """Of the cluster to deploy on, started where there is none."""
+    with files.locked(paths.cluster_writing_file()):
+        if address := os.environ.get("RAY_ADDRESS") or _own_address():
+            return address
+        log("deploy: starting a Ray cluster on this machine")
+        head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER)
+        files.write_json(paths.serving_state_file(), {"head": asdict(head)})
+        return head.address
+
+
+def _end_unused() -> None:
+    with suppress(ValueError), files.held(paths.cluster_users_file(), "others deploy on it"):
+        if not deployed() and (head := own_head()):
+            head.stop()
+            forget()
 
 
 @contextmanager
@@ -127,6 +140,12 @@ def of(model: str, host: str | None, port: int | None) -> Deployed:
     return Deployed(host, port)
 
 
+def reserved(port: int) -> AbstractContextManager[None]:
+    """Two deployments that look for a free port at once would both find the same one, and share it."""
+    otherwise = f"--port: {port} is being taken by another deployment; name another one, or wait until that is done"
+    return files.held(paths.port_file(port), otherwise)
+
+
 @lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     try:
@@ -147,8 +166,24 @@ def production(model: str, now: Deployed) -> str:
 
 
 def remember(model: str, now: Deployed) -> None:
-    apps = {name: asdict(app) for name, app in (deployed() | {model: now}).items()}
-    files.write_json(paths.serving_state_file(), _read() | {"apps": apps})
+    with files.locked(paths.cluster_writing_file()):
+        apps = {name: asdict(app) for name, app in (deployed() | {model: now}).items()}
+        files.write_json(paths.serving_state_file(), _read() | {"apps": apps})
+
+
+def end(models: Iterable[str], log: Log) -> None:
+    """End applications, and wait until they have: answers that have begun are finished first."""
+    from ray import serve
+
+    started = told = time.monotonic()
+    for model in set(models) & set(serve.status().applications):
+        log(f"stop: {model}")
+        serve.delete(model, _blocking=False)
+    while left := set(models) & set(serve.status().applications):
+        if time.monotonic() - told > _TELL_S:
+            told = time.monotonic()
+            log(f"stop: {told - started:.0f} s: waiting for the last answers of {', '.join(sorted(left))}")
+        time.sleep(_POLL_S)
 
 
 def forget() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from cluster import files, paths, session
 from serving import keys, place, registry
 from serving.place import Deployed, Log
-from serving.spec import with_changes
+from serving.registry import ModelVersion
+from serving.spec import ServingSpec, with_changes
 from serving.warming import OTHERWISE, bring
 
 
@@ -38,10 +39,15 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
     spec = with_changes(version.record["serving"], changes)
     if spec.fallback and spec.fallback.model:
         registry.find(spec.fallback.model)
-    now = replace(place.of(version.model, host, port), settings=changes)
-    _check_open(now.host)
+    with _alone(version.model), place.reserved(place.of(version.model, host, port).port):
+        now = replace(place.of(version.model, host, port), settings=changes)
+        _check_open(now.host)
+        return _deploy(version, spec, now, log)
+
+
+def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -> dict[str, Any]:
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
-    with _alone(version.model), place.cluster(log, start=True):
+    with place.cluster(log, start=True):
         import ray
         from ray import serve
 
@@ -50,6 +56,7 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         serve.start(proxy_location="Disabled")  # of a cluster of ours: the ingress listens itself
         bring(version.model, now, (version.version,), log)
+        registry.end_canary(version.model, "deploy")
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
     return {"model": version.model, "version": version.version, "url": now.url}
 
@@ -63,15 +70,20 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
     """
     if weight is not None and not 0 < weight <= 100:
         raise ValueError(f"--weight must be above 0 and at most 100 percent, but got {weight:g}")
-    found, now = registry.find(f"{model}@{version}"), _deployed(model)
-    production = place.production(model, now)
-    if found.version == production:
-        raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
-    _keep(model, now, (production, found.version), log)
-    if automatic := weight is None:
-        spec = with_changes(registry.find(f"{model}@{production}").record["serving"], now.settings)
-        weight = spec.canary.steps[0]
-    registry.set_canary(model, found.version, weight, "canary", 0 if automatic else None)
+    found = registry.find(f"{model}@{version}")
+    with _alone(model):
+        now = _deployed(model)
+        production = place.production(model, now)
+        if found.version == production:
+            raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
+        registry.settle(model, production, "it is what serves")
+        if registry.aliases(model).get(registry.CANARY) != found.version or found.version not in now.versions:
+            registry.end_canary(model, "canary")  # one that is not there any more, too: its weight is not this one's
+        _keep(model, now, (production, found.version), log)
+        if automatic := weight is None:
+            spec = with_changes(registry.find(f"{model}@{production}").record["serving"], now.settings)
+            weight = spec.canary.steps[0]
+        registry.set_canary(model, found.version, weight, "canary", 0 if automatic else None)
     log(f"canary: {weight:g} % of {model} goes to {found.version}{', and more by timetable' if automatic else ''}")
     return {"model": model, "version": found.version, "weight": weight, "automatic": automatic}
 
@@ -84,6 +96,7 @@ def promote(model: str, version: str, log: Log) -> dict[str, Any]:
     """
     found, now = registry.find(f"{model}@{version}"), _deployed(model)
     before = place.production(model, now)
+    registry.settle(model, before, "it is what serves")
     _warm(model, now, found.version, log)
     registry.promote(model, found.version, "promote")
     log(f"promote: {model} is {found.version}; {before} stays warm for a rollback")
@@ -101,7 +114,9 @@ def rollback(model: str, log: Log) -> dict[str, Any]:
         version = registry.roll_back(model, "rollback")
         log(f"rollback: all of {model} goes to {version}")
         try:
-            _keep(model, now, [one for one in now.versions if one != ended], log)
+            with _alone(model):
+                now = _deployed(model)
+                _keep(model, now, [one for one in now.versions if one != ended], log)
         except ValueError as error:  # traffic has moved, and that is what somebody was in a hurry for
             log(f"rollback: {ended} stays warm: {error}")
     else:
@@ -128,18 +143,14 @@ def status() -> dict[str, Any]:
 
 def stop(log: Log) -> dict[str, Any]:
     """Stop serving; a cluster that ``deploy`` started ends too."""
-    stopped = sorted(place.deployed())
-    if head := place.own_head():  # the cluster is ours: it goes with all that runs on it
+    stopped, head = sorted(place.deployed()), place.own_head()
+    if head and head.is_alive():  # the cluster is ours: it goes with all that runs on it
         log("stop: ending the Ray cluster that deploy started")
         head.stop()
     elif stopped:
         with place.cluster(log, start=False) as running:
             if running:
-                from ray import serve
-
-                for name in stopped:
-                    log(f"stop: {name}")
-                    serve.delete(name)
+                place.end(stopped, log)
     place.forget()
     return {"stopped": stopped}
 
@@ -164,11 +175,13 @@ def _deployed(model: str) -> Deployed:
 def _warm(model: str, now: Deployed, version: str, log: Log) -> None:
     """Bring a version up if it is not. Where it is, nobody has to be asked, and an alias may be flipped at once."""
     if version not in now.versions:
-        _keep(model, now, (*now.versions, version), log)
+        with _alone(model):
+            now = _deployed(model)
+            _keep(model, now, (*now.versions, version), log)
 
 
 def _keep(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
-    with _alone(model), place.cluster(log, start=False):
+    with place.cluster(log, start=False):
         bring(model, now, versions, log)
 
 

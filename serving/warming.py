@@ -43,28 +43,43 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
     """
     wanted, have = tuple(dict.fromkeys(versions)), now.versions
     new = [version for version in wanted if version not in have]
-    room = _room(model, new + _changed(model, now, set(wanted) & set(have)), now)
-    staying = [version for version in have if version in wanted]
-    if have and not room and len(staying) == len(have) and new:
+    changed = _changed(model, now, set(wanted) & set(have))
+    room = _room(model, new + changed, now)
+    if have and not room and set(have) <= set(wanted) and new:
         log(f"deploy: no room for {', '.join(new)} beside what runs; waiting for replicas to end, or nodes to come")
     elif have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
-    with _undone(model, now, log):
-        if have and new and room:
+    production = registry.aliases(model).get(registry.PRODUCTION)
+    with _undone(model, now, room, log) as before:
+        beside = have and new and (room or set(have) <= set(wanted))
+        if beside:
             _apply(model, now, (*have, *new), have, room, log)
-        elif not room and len(staying) < len(have):  # a request to one that has gone would wait for ever
-            before = replace(now, settings=place.deployed()[model].settings)
-            _run(model, before, tuple(dict.fromkeys([*have, *wanted])), staying or wanted, room)
+            _answered(model, new, log)
+        if before:  # from now on nobody may count on what is to leave
+            place.remember(model, replace(now, versions=wanted))
+            moved = registry.aliases(model).get(registry.PRODUCTION)
+            if moved != production and moved in have:  # another command has, meanwhile
+                wanted = tuple(dict.fromkeys([*wanted, moved]))
+                place.remember(model, replace(now, versions=wanted))
+        staying = [version for version in have if version in wanted]
+        if before and not room and len(staying) < len(have):  # a request to one that has gone would wait for ever
+            old = replace(now, settings=before.settings)
+            _run(model, old, tuple(dict.fromkeys([*have, *wanted])), staying or wanted, room)
             time.sleep(_TOLD_S + _SETTLE_S)
         both = wanted if not room else tuple(dict.fromkeys([*wanted, *have]))
         _apply(model, now, both, wanted, room, log)
-        for version in new:
-            asyncio.run(_ask(model, version))
-            log(f"deploy: {version} started in {_cold_start(model, version)}")
+        _answered(model, changed if beside else [*new, *changed], log)
         if set(both) - set(wanted):
             time.sleep(_SETTLE_S)
             _apply(model, now, wanted, wanted, room, log)
     place.remember(model, replace(now, versions=wanted))
+
+
+def _answered(model: str, versions: Sequence[str], log: Log) -> None:
+    """Each of them has answered, or it is no good."""
+    for version in versions:
+        asyncio.run(_ask(model, version))
+        log(f"deploy: {version} started in {_cold_start(model, version)}")
 
 
 def _changed(model: str, now: Deployed, versions: Iterable[str]) -> list[str]:
@@ -128,19 +143,20 @@ def _run(model: str, now: Deployed, versions: Sequence[str], warm: Sequence[str]
 
 
 @contextmanager
-def _undone(model: str, now: Deployed, log: Log) -> Iterator[None]:
-    """If the block fails, an application that was there before is as it was, and another one is gone."""
+def _undone(model: str, now: Deployed, room: bool, log: Log) -> Iterator[Deployed | None]:
+    """What was there before, if anything was. If the block fails it is there again, and a new application is gone."""
     from ray import serve
 
+    before = place.deployed().get(model) if now.versions else None
     try:
-        yield
+        yield before
     except BaseException:
-        before = place.deployed().get(model)
-        if not now.versions or before is None:
-            serve.delete(model)
+        if before is None:
+            serve.delete(model, _blocking=False)  # it ends with its cluster, if that is ours, or in its own time
         else:
             log("deploy: back to what ran before")
-            _apply(model, before, before.versions, before.versions, True, log)
+            place.remember(model, before)
+            _apply(model, before, before.versions, before.versions, room, log)
         raise
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
-from cluster.session import Head
+from cluster.session import Head, of_session
 
 
 def test_a_node_takes_along_what_has_lost_its_parent() -> None:
@@ -30,6 +32,25 @@ def test_a_node_takes_along_what_has_lost_its_parent() -> None:
     Head("127.0.0.1:1", shell.pid, psutil.Process(shell.pid).create_time()).stop(timeout_s=0.5)
     shell.wait(timeout=5)
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_node_that_is_interrupted_while_it_starts_ends(tmp_path: Path) -> None:
+    starts = (
+        "from pathlib import Path; from cluster import session\n"
+        f"try: session.start_head(Path({str(tmp_path / 'log')!r}))\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    starting = subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True)
+    deadline, nodes = time.monotonic() + 60, list[psutil.Process]()
+    while not nodes and time.monotonic() < deadline:
+        time.sleep(0.05)
+        children = psutil.Process(starting.pid).children()
+        nodes = [one for one in children if os.getsid(one.pid) == one.pid]
+    starting.send_signal(signal.SIGINT)
+    told, _ = starting.communicate(timeout=60)
+    assert told == "interrupted\n"
+    assert nodes
+    assert not of_session(nodes[0].pid)
 
 
 def test_a_process_that_has_left_does_not_come_back() -> None:

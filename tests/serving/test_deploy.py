@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, winnow
 
-from cluster import paths
+from cluster import files, paths
 from serving import place, registry, warming
 from serving.__main__ import main
 
@@ -58,6 +58,28 @@ def test_a_port_that_is_taken_starts_nothing(version, capsys) -> None:
         assert main(["deploy", f"tickets@{version.version}", "--port", str(port)]) == 2
     assert f"--port: must be a free port of 127.0.0.1, but {port} is not" in capsys.readouterr().err
     assert not paths.serving_state_file().exists()
+
+
+def test_a_port_that_another_deployment_is_about_to_take_starts_nothing(version, capsys) -> None:
+    from ray._common.network_utils import find_free_port
+
+    port = find_free_port()
+    with place.reserved(port):
+        assert main(["deploy", f"tickets@{version.version}", "--port", str(port)]) == 2
+    assert f"--port: {port} is being taken by another deployment; name another one" in capsys.readouterr().err
+    assert not paths.serving_state_file().exists()
+
+
+def test_a_cluster_that_others_use_stays_when_a_deployment_fails(home: Path, monkeypatch) -> None:
+    ended = []
+    monkeypatch.setattr(place, "own_head", lambda: SimpleNamespace(stop=lambda: ended.append(1)))
+    place._end_unused()
+    assert len(ended) == 1
+    with files.locked(paths.cluster_users_file(), shared=True):
+        place._end_unused()
+    place.remember("invoices", place.Deployed(versions=("v1",)))
+    place._end_unused()
+    assert len(ended) == 1
 
 
 def test_an_address_that_others_reach_needs_a_key(version, capsys) -> None:
