@@ -6,8 +6,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
@@ -23,7 +23,7 @@ from serving.spec import ServingSpec
 from serving.upstream import Overloaded, Replies, Reply, pieces
 
 FALLBACK = "fallback"
-_LAST_WORD_S = 1.0
+_LAST_WORD_S, _AT_THE_END_S = 1.0, 0.05
 _OF_THE_REQUEST = (400, 413, 422)
 """Statuses that say something of the request, whoever sent it."""
 _STUCK = "Internal server error"
@@ -68,9 +68,8 @@ class Answer:
         self._started = time.monotonic()
         self._headers: dict[str, str] = {}
         form = body.get("response_format")
-        self._wants_json = spec.ingress.json_answers or (
-            isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
-        )
+        wanted = isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
+        self._wants_json = (spec.ingress.json_answers or wanted) and not body.get("tools")  # a call is no text
 
     @property
     def _left_s(self) -> float:
@@ -85,7 +84,8 @@ class Answer:
         """
         stack = AsyncExitStack()
         try:
-            reply = await self._ask(stack, replies, path)
+            with self._charged():
+                reply = await self._ask(stack, replies, path)
             if reply.status != 200:
                 return await self._refused(reply)
             if self._streamed:
@@ -93,16 +93,31 @@ class Answer:
                 parts = self._lent(moved, reply) if isinstance(reply, Begun) else self._passed_on(moved, reply)
                 return _Stream(parts, media_type="text/event-stream", headers=self._all_headers())
             assert not isinstance(reply, Begun), "no stream"
-            return await self._whole(reply)
+            with self._charged():
+                return await self._whole(reply)
         finally:
             await stack.aclose()
+
+    @contextmanager
+    def _charged(self) -> Iterator[None]:
+        """A client that leaves before it is told what it used has used all that it might, or it had no limit."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._charge()
+            raise
+
+    def _charge(self) -> None:
+        if self._quota:
+            self._quota.spend(limits.most_tokens(self._body, self._spec.ingress.limits))
 
     async def _ask(self, stack: AsyncExitStack, replies: Replies, path: str) -> Reply:
         """Whoever answers: the version that was chosen, or where that cannot, the fallback."""
         fallback, target = self._spec.fallback, self._target
-        wait_s = self._left_s if fallback is None else min(self._left_s, fallback.after_s)
+        place_s = None if fallback is None else fallback.after_s
         lending = Lending(self._left_s, *self._looks()) if self._streamed and self._client else None
-        own = replies.from_version(target.model, target.version, path, self._payload(target.model), wait_s, lending)
+        payload = self._payload(target.model)
+        own = replies.from_version(target.model, target.version, path, payload, self._left_s, lending, place_s)
         try:
             return await stack.enter_async_context(own)
         except (Overloaded, TimeoutError) as error:
@@ -155,7 +170,7 @@ class Answer:
             content = json.loads(raw)
         except ValueError:
             content = None
-        told = events.error_in(content)
+        told, _ = events.error_in(content) or ("", 0)
         if self._unmet(told):
             status, content = 400, _NO_TEXT.body
         elif not told:
@@ -176,7 +191,7 @@ class Answer:
         except (aiohttp.ClientError, ValueError, TypeError):
             raise self.failed(went_away()) from None
         texts = events.texts(answer)
-        counts = self._answered(answer.get("usage") or {}, bad=not all(texts) or self._bad_json(texts))
+        counts = self._answered(answer.get("usage") or {}, bad=events.is_empty(answer) or self._bad_json(texts))
         self._note(answer.get("id"), counts)
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
@@ -193,9 +208,8 @@ class Answer:
                             yield out
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
-            except BaseException:  # the client's leaving, which says nothing of the variant
-                if (told := stream.told(first_at)).done:
-                    self._end_of_stream(told)
+            except BaseException:  # the client left
+                self._left(stream.told(first_at))
                 raise
             if event := self._end_of_stream(stream.told(first_at, late)):
                 yield event
@@ -204,31 +218,45 @@ class Answer:
         """What the replica does not write to the client itself: an error event, where its stream breaks."""
         assert self._client is not None, "lent"
         told = events.Told()
+        at_most_s = self._left_s + _LAST_WORD_S  # it keeps to the limit itself, if it lives
         async with stack:
             try:
-                async with asyncio.timeout(self._left_s + _LAST_WORD_S):  # it keeps to the limit itself, if it lives
+                async with asyncio.timeout(at_most_s):
                     told = await reply.lend(self._client)
+            except asyncio.CancelledError:  # the client left; at the end, perhaps, or at an error that it was told
+                self._left(await reply.last_word(_AT_THE_END_S))
+                raise
             except TimeoutError:
                 told = events.Told(late=True)
             except Broken:
                 pass
-            if not told.done and self._client.is_closing():
-                return  # the client left, and that says nothing of the variant
+            if self._client.is_closing() and not told.late:
+                self._left(told)
+                return
             if told.done and not told.failed:  # the client has its end before it is counted
                 asyncio.get_running_loop().call_soon(self._end_of_stream, told)
             elif event := self._end_of_stream(told):
                 yield event
 
+    def _left(self, told: events.Told) -> None:
+        """Of a stream whose client is gone: what it came to, if to anything; leaving says nothing of the variant."""
+        if told.done or told.failed:
+            self._end_of_stream(told)
+        else:
+            self._charge()
+
     def _end_of_stream(self, told: events.Told) -> bytes | None:
         """Count it; the event that has to end it where it is not done."""
         if told.failed or not told.done:
-            unmet = int(self._unmet(told.failed))
-            self._note(told.id, Counts(requests=1, errors=1 - unmet, rejected=unmet))
+            mistaken = int(400 <= told.status < 500 or self._unmet(told.failed))  # of the client
+            self._note(told.id, Counts(requests=1, errors=1 - mistaken, rejected=mistaken))
             if told.late:
+                self._charge()
                 return too_late().event
             return None if told.failed else went_away().event
         first_s = None if told.first_at is None else told.first_at - self._started
-        empty = told.usage.get("completion_tokens", 2) < 2  # the last token ends the answer
+        one = 1 in (self._body.get("max_tokens"), self._body.get("max_completion_tokens"))
+        empty = told.usage.get("completion_tokens", 2) < 2 and not one  # the last token ends the answer
         counts = self._answered(told.usage, bad=empty or (self._wants_json and self._bad_json(told.texts)))
         if first_s is not None:
             counts.first_token.add(first_s)

@@ -21,6 +21,7 @@ class Told:
         usage: its token counts.
         done: it ended as it should.
         failed: what an error in it said.
+        status: of that error.
         late: it took longer than it might.
         first_at: when its first event was passed on, by the machine's monotonic clock.
         texts: the answers, one a choice, where they were kept.
@@ -30,6 +31,7 @@ class Told:
     usage: dict[str, Any] = field(default_factory=dict)
     done: bool = False
     failed: str = ""
+    status: int = 0
     late: bool = False
     first_at: float | None = None
     texts: list[str] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Stream:
     _usage: dict[str, Any] = field(default_factory=dict)
     _done: bool = False
     _failed: str = ""
+    _status: int = 0
     _rest: bytes = b""
     _kept: list[bytes] = field(default_factory=list)
 
@@ -75,14 +78,14 @@ class Stream:
         if said == _DONE:
             self._done = True
         elif said.startswith(_ERROR):
-            self._failed = error_in(_object(said)) or "an error"
+            self._failed, self._status = error_in(_object(said)) or ("an error", 500)
         elif self.keep:
             self._kept.append(said)
         return True
 
     def told(self, first_at: float | None = None, late: bool = False) -> Told:
         """What it came to so far."""
-        return Told(self._id, self._usage, self._done, self._failed, late, first_at, self._texts())
+        return Told(self._id, self._usage, self._done, self._failed, self._status, late, first_at, self._texts())
 
     def _texts(self) -> list[str]:
         found: dict[int, str] = {}
@@ -102,10 +105,13 @@ def _object(said: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def error_in(answer: Any) -> str:
-    """What an error of OpenAI's shape says; empty where it is none."""
+def error_in(answer: Any) -> tuple[str, int] | None:
+    """What an error of OpenAI's shape says, and its status where it has one; None where it is none."""
     error = answer.get("error") if isinstance(answer, dict) else None
-    return str(error.get("message") or "") if isinstance(error, dict) else ""
+    if not isinstance(error, dict):
+        return None
+    code = error.get("code")
+    return str(error.get("message") or "an error"), code if isinstance(code, int) else 500
 
 
 def texts(answer: dict[str, Any]) -> list[str]:
@@ -113,6 +119,12 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [
         choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in answer.get("choices", ())
     ]
+
+
+def is_empty(answer: dict[str, Any]) -> bool:
+    """Whether one of its choices has neither a text nor a call of a tool."""
+    called = [bool((choice.get("message") or {}).get("tool_calls")) for choice in answer.get("choices", ())]
+    return not all(text or call for text, call in zip(texts(answer), called, strict=True))
 
 
 def is_json(text: str) -> bool:

@@ -36,6 +36,10 @@ class Broken(Exception):
     """The other side went away with the answer begun."""
 
 
+class Gone(Exception):
+    """It went away before: nothing has begun there."""
+
+
 @dataclass(frozen=True)
 class Lending:
     """What the replica has to know of an answer that it writes itself.
@@ -147,13 +151,14 @@ class Line:
         """The head of the answer.
 
         Raises:
-            Broken: the replica went away.
+            Gone: the replica went away before it was asked.
+            Broken: or after that.
         """
         asked = {"token": token, "path": path} | vars(lending)
         try:
             await self._wire.send(json.dumps(asked).encode() + b"\n" + payload)
         except OSError:
-            raise Broken from None
+            raise Gone from None
         status, _, body = (await self._answer()).partition(b"\n")
         return Begun(self, int(status), body)
 
@@ -171,6 +176,14 @@ class Line:
             await self._wire.send(b"", [client.get_extra_info("socket").fileno()])
         except (OSError, ValueError):
             raise Broken from None
+        return await self.told()
+
+    async def told(self) -> Told:
+        """What the stream came to.
+
+        Raises:
+            Broken: the replica went away.
+        """
         return Told(**json.loads(await self._answer()))
 
     def close(self) -> None:
@@ -199,6 +212,14 @@ class Begun:
         told = await self._line.lend(client)
         self.ended = True
         return told
+
+    async def last_word(self, within_s: float) -> Told:
+        """Of a stream whose lending was given up: what the replica says within that time, or nothing."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._line.told()
+        except (TimeoutError, Broken):
+            return Told()
 
 
 class Desk:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from fastapi import Request
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from serving import keys, limits, place, registry
 from serving.answer import Answer, Target, too_late, unless_gone, went_away
 from serving.conductor import NAME as CONDUCTOR
-from serving.conductor import Delta
+from serving.conductor import Delta, add_spent
 from serving.counts import Counts
 from serving.errors import ApiError, failure
 from serving.keys import ApiKey
@@ -55,7 +56,7 @@ class Ingress:
         self._warm: tuple[str, ...] = ()
         self._routes = Routes((), "", {})
         self._keys: list[ApiKey] = []
-        self._quotas: dict[str, Quota] = {}
+        self._quotas: dict[str, tuple[str, Quota]] = {}
         application = serve.get_replica_context().app_name  # of ``serve run`` it need not be the model's name
         self._replies, self._delta, self._name = Replies({model: application}), Delta(), os.urandom(8).hex()
         self._meters = Meters()
@@ -102,7 +103,8 @@ class Ingress:
         with the next report."""
         self._meters.tell()
         delta, self._delta = self._delta, Delta()
-        delta.spent = {name: spent for name, quota in self._quotas.items() if any(spent := quota.spent_since())}
+        spent = {name: spent for name, (_, quota) in self._quotas.items() if any(spent := quota.spent_since())}
+        add_spent(delta.spent, spent)
         try:
             elsewhere = await self._conductor.report.remote(self._name, delta)
         except Exception:  # it is being started anew, or overloaded; nothing here may end for that
@@ -111,7 +113,7 @@ class Ingress:
             return
         for name, (requests, tokens) in elsewhere.items():
             if name in self._quotas:
-                self._quotas[name].take(requests, tokens)
+                self._quotas[name][1].take(requests, tokens)
 
     # Routes ---------------------------------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class Ingress:
         Raises:
             ApiError: 401 without a key where one is needed; 429 where the key's limit is reached.
         """
-        if not self._keys and self._loopback and _from_here(request):
+        if not self._keys and self._loopback and _from_here(request) and self._of_a_page_here(request):
             return None
         scheme, _, plain = request.headers.get("authorization", "").partition(" ")
         key = keys.match(self._keys, plain.strip()) if scheme.lower() == "bearer" else None
@@ -202,10 +204,17 @@ class Ingress:
             raise ApiError(429, f"the limits of key {key.name!r} are reached", "rate_limit_exceeded", None, wait)
         return quota
 
+    def _of_a_page_here(self, request: Request) -> bool:
+        """Of no page in a browser, or of one that may: pages of others cannot read answers, but could ask all day."""
+        origin = request.headers.get("origin")
+        return not origin or origin in self._spec.ingress.cors_origins or place.is_loopback(_host_of(origin))
+
     def _quota(self, key: ApiKey) -> Quota:
-        if key.name not in self._quotas:
-            self._quotas[key.name] = Quota.of(key.requests_per_minute, key.tokens_per_minute, time.monotonic())
-        return self._quotas[key.name]
+        known, quota = self._quotas.get(key.name, ("", None))
+        if quota is None or known != key.sha256:  # a key made anew under an old name has limits of its own
+            quota = Quota.of(key.requests_per_minute, key.tokens_per_minute, time.monotonic())
+            self._quotas[key.name] = key.sha256, quota
+        return quota
 
     async def _body(self, request: Request) -> bytes:
         """
@@ -296,6 +305,13 @@ def _key(request: Request, body: dict[str, Any]) -> str:
     """By what a client keeps its variant: its session, its user, or nothing at all."""
     user = body.get("user")
     return request.headers.get(SESSION_HEADER) or (user if isinstance(user, str) else "") or str(random.random())
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _from_here(request: Request) -> bool:

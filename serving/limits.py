@@ -20,6 +20,8 @@ _REFUSED = {
     "mm_processor_kwargs": "it is for the engine's own settings",
 }
 _SCHEMAS = ("tools", "functions")
+_MOST_OF_AN_ID = 64
+"""Characters: vLLM writes it into every event of a stream."""
 _MOST_LEVELS = 100
 """Of a body's JSON: no honest one comes near it, and whoever walks through one needs no care."""
 
@@ -59,8 +61,7 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
     for name, reason in _REFUSED.items():
         if body.get(name) is not None:
             raise ApiError(400, f"{name} is not taken in a request; {reason}", "unsupported_parameter", name)
-    if not isinstance(body.get("stream"), bool | None):
-        raise _of_another_type("stream", "true or false", body["stream"])
+    _check_types(body)
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _at_most(body, name, limits.max_tokens)
     for name in ("n", "best_of"):
@@ -69,6 +70,25 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
     _check_stop(body.get("stop"), limits)
     for name, schema in _schemas(body):
         _check_schema(name, schema, limits)
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    """Of what is looked at here, or makes vLLM fail rather than refuse."""
+    if not isinstance(body.get("stream"), bool | None):
+        raise _of_another_type("stream", "true or false", body["stream"])
+    if not isinstance(identity := body.get("request_id"), str | None) or len(identity or "") > _MOST_OF_AN_ID:
+        raise _of_another_type("request_id", f"a text of at most {_MOST_OF_AN_ID} characters", identity)
+    if not isinstance(body.get("structured_outputs"), dict | None):
+        raise _of_another_type("structured_outputs", "an object", body["structured_outputs"])
+    tools = body.get("tools")
+    named = isinstance(tools, list | None) and all(isinstance(_function(one).get("name"), str) for one in tools or ())
+    if not named:
+        raise _of_another_type("tools", "a list of objects, each with the name of its function", tools)
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function if isinstance(function, dict) else {}
 
 
 def _at_most(body: dict[str, Any], name: str, most: int) -> None:
@@ -119,6 +139,19 @@ def _check_stop(stop: Any, limits: LimitsSpec) -> None:
         raise _beyond("stop", length, limits.max_stop_chars, " characters")
 
 
+def most_tokens(body: dict[str, Any], limits: LimitsSpec) -> int:
+    """What its answers may take, and about what its prompts do, at four characters a token."""
+    asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
+    each = next((value for value in asked if isinstance(value, int)), limits.max_tokens)
+    return each * (body.get("n") or 1) + sum(map(len, texts(body))) // 4
+
+
+def texts(body: dict[str, Any]) -> Iterator[str]:
+    """Every text of its prompts."""
+    for name in ("messages", "prompt"):
+        yield from _texts(body.get(name))
+
+
 def holds_to_a_form(body: dict[str, Any]) -> bool:
     """Whether the answer is held to what a schema, a grammar or a tool allows."""
     return any(body.get(name) for name in (*_SCHEMAS, "response_format", "structured_outputs"))
@@ -131,15 +164,25 @@ def _schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "response_format", {name: value for name, value in form.items() if name != "type"}
     if isinstance(wanted := body.get("structured_outputs"), dict):
         for name, value in wanted.items():
-            yield f"structured_outputs.{name}", _regex(value) if name == "regex" else value
+            yield f"structured_outputs.{name}", _seen_through(name, value)
 
 
 class _Regex(str):
     """A regular expression, which has a limit of its own."""
 
 
-def _regex(value: Any) -> Any:
-    return _Regex(value) if isinstance(value, str) else value
+def _seen_through(name: str, value: Any) -> Any:
+    """A part of ``structured_outputs``; a schema that is given as a text, as the object that it means."""
+    if not isinstance(value, str):
+        return value
+    if name == "regex":
+        return _Regex(value)
+    if name not in ("json", "structural_tag"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise _of_another_type(f"structured_outputs.{name}", "JSON", value) from None
 
 
 def _check_schema(name: str, schema: Any, limits: LimitsSpec) -> None:

@@ -15,7 +15,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster import paths
+from serving import limits
 from serving.spec import SamplingSpec
+
+_MOST_CHARS = 16_000
+"""Of a conversation: some patterns take a time that grows with the square of a text made for it, half a second of that
+many, in which nothing else of this process runs."""
 
 
 class Sampler:
@@ -39,7 +44,9 @@ class Sampler:
         return True
 
     def take(self, body: dict[str, Any], answers: Sequence[str], **about: Any) -> None:
-        """Keep what was asked and answered, and ``about`` it as it is."""
+        """Keep what was asked and answered, and ``about`` it as it is; nothing where it is very long."""
+        if sum(map(len, [*limits.texts(body), *answers])) > _MOST_CHARS:
+            return
         task = asyncio.create_task(asyncio.to_thread(self._write, body, answers, about))
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)

@@ -71,13 +71,13 @@ class LimitsSpec(_Spec):
 
 
 class FallbackSpec(_Spec):
-    """Who answers where the model is overloaded, away or too late to begin: one of the two."""
+    """Who answers where the model is overloaded, away, or has no place in time: one of the two."""
 
     model: str | None = Field(None, description="NAME of another model that is deployed on the same cluster.")
     base_url: str | None = Field(None, description="An OpenAI-compatible endpoint, up to and with /v1.")
     endpoint_model: str | None = Field(None, description="The model's name there.")
     api_key_env: str | None = Field(None, description="The environment variable of the ingress that holds its key.")
-    after_s: Annotated[float, Field(gt=0)] = Field(30, description="How long an answer may take to begin.")
+    after_s: Annotated[float, Field(gt=0)] = Field(30, description="How long a request waits for a place in a replica.")
 
     @model_validator(mode="after")
     def _one(self) -> FallbackSpec:
@@ -91,7 +91,9 @@ class FallbackSpec(_Spec):
 class CanarySpec(_Spec):
     """The timetable of an automatic canary, and what it must not do worse than production."""
 
-    steps: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((5, 25, 50), description="Percent of traffic.")
+    steps: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = Field(
+        (5, 25, 50), description="Percent of traffic, below 100: production is what it is held against."
+    )
     step_s: Annotated[float, Field(ge=0)] = Field(600, description="The least that a step takes.")
     min_requests: Annotated[int, Field(ge=1)] = Field(50, description="Of each variant in a step, to be judged.")
     max_error_increase: Annotated[float, Field(ge=0)] = 0.01

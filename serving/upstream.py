@@ -20,10 +20,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serving import handover, leases
 from serving.errors import ApiError
-from serving.handover import Begun, Broken, Lending, Line
+from serving.handover import Begun, Broken, Gone, Lending, Line
 
 _TRIES, _PAUSE_S = 8, 0.2
-"""How many places are tried that turn out to be gone: nothing was sent to them yet."""
+"""How many new places are tried that turn out to be gone: nothing was sent to them yet."""
 _KEPT_S, _OLDEST_S = 0.1, (4.0, 8.0)
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
 
@@ -96,13 +96,21 @@ class Replies:
 
     @asynccontextmanager
     async def from_version(
-        self, model: str, version: str, path: str, payload: bytes, wait_s: float, lending: Lending | None = None
+        self,
+        model: str,
+        version: str,
+        path: str,
+        payload: bytes,
+        wait_s: float,
+        lending: Lending | None = None,
+        place_s: float | None = None,
     ) -> AsyncIterator[Reply]:
         """One request to whichever replica of ``version`` Serve has a place in; leaving the block ends it there too.
 
         Args:
             wait_s: for a place and the head of the answer.
             lending: of a stream whose client's connection can be lent; where the replica is on this machine, it is.
+            place_s: for a place alone, where it may be no longer.
 
         Raises:
             Overloaded: no place, or no replica that answers.
@@ -110,7 +118,7 @@ class Replies:
             TimeoutError: none in time.
         """
         async with asyncio.timeout(wait_s):
-            place, reply = await self._reach(model, version, path, payload, lending)
+            place, reply = await self._reach(model, version, path, payload, lending, place_s)
         try:
             if isinstance(reply, Begun):
                 yield reply
@@ -126,12 +134,17 @@ class Replies:
             place.give_up()
 
     async def _reach(
-        self, model: str, version: str, path: str, payload: bytes, lending: Lending | None
+        self, model: str, version: str, path: str, payload: bytes, lending: Lending | None, place_s: float | None
     ) -> tuple[Place, Reply]:
         """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
         nothing has begun there."""
-        for _ in range(_TRIES):
-            place = self._kept(model, version) or await self._lease(model, version)
+        tries, began = 0, time.monotonic()
+        while tries < _TRIES:
+            if (place := self._kept(model, version)) is None:
+                tries += 1
+                left_s = None if place_s is None else began + place_s - time.monotonic()
+                async with asyncio.timeout(left_s):
+                    place = await self._lease(model, version)
             if place is None:
                 await asyncio.sleep(_PAUSE_S)
                 continue
@@ -144,7 +157,7 @@ class Replies:
                     reply = await line.ask(place.token, path, payload, lending)
                 else:
                     reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
-            except aiohttp.ClientConnectorError:
+            except (aiohttp.ClientConnectorError, Gone):
                 place.give_up()
                 continue
             except (aiohttp.ClientError, Broken) as error:

@@ -114,9 +114,15 @@ def post(url: str, body: Any, **headers: str) -> tuple[int, dict[str, Any], dict
 
 
 def test_a_canary_comes_up_beside_production_and_takes_its_share(quickstart, versions, client) -> None:
-    with load(client, 2, pause_s=0.2) as seen:
-        made = serving(quickstart, "canary", "tickets", versions[1], "--weight", "40")
+    """Though a sweep has made it production already, as every sweep does that is accepted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        registry.set_alias("tickets", "production", versions[1], "a sweep")
+        with load(client, 2, pause_s=0.2) as seen:
+            made = serving(quickstart, "canary", "tickets", versions[1], "--weight", "40")
+        assert registry.aliases("tickets") == {"production": versions[0], "canary": versions[1]}
     assert seen["errors"] == []
+    assert {version for at, version in seen["versions"] if at < seen["versions"][-1][0] - 5} == {versions[0]}
     assert (made["version"], made["weight"], made["automatic"]) == (versions[1], 40, False)
     time.sleep(0.5)
     users = [f"user-{number}" for number in range(60)]
@@ -285,9 +291,12 @@ def test_a_form_that_no_text_has_is_the_clients_mistake(quickstart, client) -> N
         assert (status, answer["error"]["code"]) == (400, "unmet_format")
     with pytest.raises(openai.APIError, match="error"):
         list(client.chat.completions.create(model="tickets", messages=ASKED, stream=True, **formed({"$ref": "#"})))
+    for mistaken in ({"logprobs": True, "top_logprobs": 21}, {"logit_bias": {"99999999": 1}}):
+        with pytest.raises(openai.APIError):  # in the stream: its head was sent before vLLM looked
+            list(client.chat.completions.create(model="tickets", messages=ASKED, stream=True, **mistaken))
     time.sleep(1.5)
     after = _counted(quickstart)
-    assert (after["errors"], after["rejected"]) == (before["errors"], before["rejected"] + 3)
+    assert (after["errors"], after["rejected"]) == (before["errors"], before["rejected"] + 5)
 
 
 def _counted(quickstart) -> dict[str, Any]:
@@ -302,6 +311,8 @@ def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
     _, _, told = post(f"{root}/v1/chat/completions", BODY, **headers)
     assert not any(name.lower().startswith("access-control") for name in told)
     assert post(f"{root}/v1/chat/completions", BODY, Host="evil.example")[0] == 401, "a name that points here"
+    assert post(f"{root}/v1/chat/completions", BODY, **headers)[0] == 401, "a page that only wants to keep it busy"
+    assert post(f"{root}/v1/chat/completions", BODY, Origin="http://localhost:3000")[0] == 200, "a page of this machine"
     for path in ("/metrics", "/v1/embeddings", "/docs", "/load_lora_adapter"):
         assert post(root + path, BODY)[0] == 404
 
@@ -392,8 +403,22 @@ def test_keys_open_what_they_may_and_no_more(quickstart, client) -> None:
         started = time.monotonic()
         assert ask(limited.with_options(max_retries=4)).status_code == 200, "the official client waits as it is told"
         assert time.monotonic() - started > 1
+        bob = serving(quickstart, "keys", "add", "bob", "--tokens-per-minute", "300")["key"]
+        time.sleep(0.5)
+        spending = client.with_options(api_key=bob)
+        with spending.chat.completions.create(
+            model="tickets", messages=ASKED, stream=True, **LONG | {"max_tokens": 400}
+        ) as it:
+            next(iter(it))  # and away, before it is told what it used
+        time.sleep(2.5)  # the other replica of the ingress learns it too
+        with pytest.raises(openai.RateLimitError):
+            ask(spending)
+        winnow("serving", "keys", "remove", "bob", env=quickstart["env"])
+        bob = serving(quickstart, "keys", "add", "bob")["key"]
+        time.sleep(0.5)
+        assert ask(client.with_options(api_key=bob)).status_code == 200, "a new key has its own limits"
     finally:
-        for name in ("ada", "eve"):
+        for name in ("ada", "eve", "bob"):
             winnow("serving", "keys", "remove", name, env=quickstart["env"])
     time.sleep(0.5)
     assert ask(client).status_code == 200

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serving.events import Stream, is_json, texts
+from serving.events import Stream, is_empty, is_json, texts
 
 
 def event(**content: object) -> bytes:
@@ -62,7 +62,9 @@ def test_other_servers_write_events_in_other_ways(size: int) -> None:
 def test_an_error_in_the_stream_is_seen() -> None:
     stream = Stream(show_usage=False, keep=False)
     stream.feed(delta("a") + b'data: {"error": {"message": "no"}}\n\n' + DONE)
-    assert stream.told().failed == "no"
+    assert (stream.told().failed, stream.told().status) == ("no", 500)
+    stream.feed(b'data: {"error": {"message": "no", "code": 400}}\n\n')
+    assert stream.told().status == 400
     assert not Stream(show_usage=False, keep=False).told().done
 
 
@@ -75,5 +77,7 @@ def test_texts_of_several_choices() -> None:
         "y",
         "",
     ]
+    assert not is_empty({"choices": [{"message": {"content": None, "tool_calls": [{"id": "x"}]}}, {"text": "y"}]})
+    assert is_empty({"choices": [{"text": "y"}, {"message": {"content": None}}]})
     assert is_json("[1]")
     assert not is_json('{"a": ')

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from serving import listener
 from serving.events import Told
-from serving.handover import NO_LEASE, Begun, Broken, Desk, Lending, Line
+from serving.handover import NO_LEASE, Begun, Broken, Desk, Gone, Lending, Line
 from serving.listener import CLIENT, Listener
 
 TOKEN = "token"
@@ -193,7 +193,7 @@ def test_a_replica_that_goes_away_leaves_the_last_word_to_the_ingress(scenario) 
             serving.cancel()
             assert (await reply.text()).endswith("data: broken\n\n")
         assert front.told == ["broken"]
-        with pytest.raises(Broken):
+        with pytest.raises(Gone):
             await front.line.ask(TOKEN, "/answer", b"{}", LENDING)
 
     scenario(play)

@@ -48,7 +48,15 @@ def schema(value: Any) -> dict[str, Any]:
         (schema({"patternProperties": {"b" * 51: {}}}), ["response_format pattern"]),
         ({"structured_outputs": {"regex": "a" * 51}}, ["structured_outputs.regex must be at most 50"]),
         ({"structured_outputs": {"grammar": "g" * 3000}}, ["structured_outputs.grammar"]),
-        ({"tools": [{"function": {"parameters": {"x": "y" * 3000}}}]}, ["tools must be at most 2000 bytes"]),
+        ({"tools": [{"function": {"name": "f", "x": "y" * 3000}}]}, ["tools must be at most 2000 bytes"]),
+        ({"tools": [{"function": {}}]}, ["tools must be a list of objects, each with the name"]),
+        ({"tools": {}}, ["tools must be a list"]),
+        ({"structured_outputs": "x"}, ["structured_outputs must be an object"]),
+        ({"structured_outputs": {"json": "{"}}, ["structured_outputs.json must be JSON"]),
+        ({"structured_outputs": {"json": "[" * 1900}}, ["structured_outputs.json must be JSON"]),
+        ({"structured_outputs": {"json": json.dumps({"pattern": "a" * 51})}}, ["structured_outputs.json pattern"]),
+        ({"structured_outputs": {"json": json.dumps(DEEP)}}, ["structured_outputs.json must be at most 32 levels"]),
+        ({"request_id": "a" * 65}, ["request_id must be a text of at most 64"]),
     ],
 )
 def test_what_goes_beyond_a_limit_is_refused_and_says_which(body: dict, words: list) -> None:
@@ -67,11 +75,20 @@ def test_what_goes_beyond_a_limit_is_refused_and_says_which(body: dict, words: l
         {"max_tokens": 100, "n": 2, "stop": ["a", "b"], "prompt": [1, 2, 3]},
         {"max_tokens": None, "n": None, "stop": {"a": 1}, "messages": 3, "stream": None},
         schema({"type": "object", "properties": {"a": {"type": "string", "pattern": "a+"}}}),
-        {"chat_template": None, "structured_outputs": "x", "response_format": "json", "tools": None},
+        {"chat_template": None, "structured_outputs": None, "response_format": "json", "tools": None},
+        {"structured_outputs": {"json": json.dumps({"type": "string"})}, "request_id": "a" * 64},
     ],
 )
 def test_the_rest_is_left_to_vllm(body: dict) -> None:
     limits.check(body, SPEC)
+
+
+def test_what_a_client_that_leaves_is_charged() -> None:
+    asked = {"messages": [{"role": "user", "content": "x" * 400}]}
+    user = len("user") // 4
+    assert limits.most_tokens(asked, SPEC) == 100 + 100 + user
+    assert limits.most_tokens(asked | {"max_tokens": 7, "n": 2}, SPEC) == 14 + 100 + user
+    assert limits.most_tokens({"prompt": [1] * 8, "max_completion_tokens": 5, "max_tokens": 9}, SPEC) == 5 + 2
 
 
 @pytest.mark.parametrize(
