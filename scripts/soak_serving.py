@@ -31,8 +31,9 @@ import psutil
 import serving_load
 
 GROWTH = 0.10
-"""By how much a process may be larger at the end than after its first fifth, and at least ``SLACK_MIB``."""
-SLACK_MIB = 8.0
+SLACK_MIB, SLACK_FILES = 8.0, 16
+"""By how much a process may be larger at the end than after its first fifth, and have more files open: a share, and at
+least so many."""
 _SAMPLES = 100
 _SETTLED_S = 120.0
 """How long replicas may take to come, or to go, before and after the traffic."""
@@ -223,7 +224,8 @@ def _process(name: str, seen: list[tuple[float, int]]) -> dict[str, Any]:
         "grew_mib": round(after - before, 1),
         "files": int(files_after),
         "more_files": int(files_after - files_before),
-        "flat": after - before <= max(SLACK_MIB, GROWTH * before),
+        "flat": after - before <= max(SLACK_MIB, GROWTH * before)
+        and files_after - files_before <= max(SLACK_FILES, GROWTH * files_before),
     }
 
 

@@ -64,7 +64,7 @@ class Answer:
     ) -> None:
         self._body, self._target, self._spec, self._quota, self._count = body, target, spec, quota, count
         self._sampler = sampler if sampler and sampler.wants() else None
-        self._streamed, self._client = body.get("stream") is True, client
+        self._streamed, self._client, self._placed = body.get("stream") is True, client, False
         self._started = time.monotonic()
         self._headers: dict[str, str] = {}
         form = body.get("response_format")
@@ -100,12 +100,17 @@ class Answer:
 
     @contextmanager
     def _charged(self) -> Iterator[None]:
-        """A client that leaves before it is told what it used has used all that it might, or it had no limit."""
+        """A client that leaves once it has a place, before it is told what it used, has used all that it might, or it
+        had no limit."""
         try:
             yield
         except asyncio.CancelledError:
-            self._charge()
+            if self._placed:
+                self._charge()
             raise
+
+    def _has_place(self) -> None:
+        self._placed = True
 
     def _charge(self) -> None:
         if self._quota:
@@ -117,7 +122,9 @@ class Answer:
         place_s = None if fallback is None else fallback.after_s
         lending = Lending(self._left_s, *self._looks()) if self._streamed and self._client else None
         payload = self._payload(target.model)
-        own = replies.from_version(target.model, target.version, path, payload, self._left_s, lending, place_s)
+        own = replies.from_version(
+            target.model, target.version, path, payload, self._left_s, lending, place_s, self._has_place
+        )
         try:
             return await stack.enter_async_context(own)
         except (Overloaded, TimeoutError) as error:

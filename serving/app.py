@@ -28,6 +28,8 @@ class AppArgs(BaseModel):
     """More versions to be deployed."""
     warm: list[str] | None = None
     """Of all these, the ones that take requests already; None for all."""
+    begin: list[str] = []
+    """Of all these, the ones that have no deployment yet."""
     surge: bool = True
     """The cluster has room for new replicas beside the old ones while settings change."""
     listens: tuple[str, int] | None = None
@@ -55,7 +57,9 @@ def build(args: AppArgs) -> Application:
         "listens": args.listens,
         "loopback": place.is_loopback(args.listens[0] if args.listens else _host()),
     }
-    engines = [_engine(version, specs[name], args.surge) for name, version in versions.items()]
+    engines = [
+        _engine(version, specs[name], args.surge, begins=name in args.begin) for name, version in versions.items()
+    ]
     ways = [_pinned(_conductor(shared), front.fingerprint(**shared)), *engines]
     options = _ingress_options(list(specs.values()), args.warm or list(versions), args.node)
     deployed: Any = serve.deployment(front.deployable(first.model, spec.ingress), name="ingress", **options)
@@ -75,9 +79,9 @@ _QUIET = {"enable_access_log": False}
 """A line a lease says nothing that the counts do not."""
 
 
-def _engine(version: registry.ModelVersion, spec: ServingSpec, surge: bool) -> Application:
+def _engine(version: registry.ModelVersion, spec: ServingSpec, surge: bool, begins: bool) -> Application:
     options = {"name": version.version, "max_surge_percent": 100 if surge else 0, "logging_config": _QUIET}
-    built = build_llm_deployment(engine.llm_config(version, spec), override_serve_options=options)
+    built = build_llm_deployment(engine.llm_config(version, spec, begins), override_serve_options=options)
     return _pinned(built, engine.fingerprint(version, spec))
 
 

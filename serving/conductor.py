@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from serving.spec import CanarySpec, with_changes
 
 NAME = "conductor"
 _TICK_S = 1.0
+_NUMBER = re.compile(r"[\d.]+")
 _REMEMBERED = 20_000
 """Answers whose variant is known when feedback on them arrives."""
 
@@ -89,13 +91,13 @@ class Timetable:
         if found.decision is Decision.ROLL_BACK:
             registry.roll_back(self._model, reason, judged=plan)
         elif found.decision is Decision.HOLD:
-            if found.reason != self._told:  # a reason is history once, not once a second
+            if (told := _NUMBER.sub("", found.reason)) != self._told:  # a reason is history once, not once a second
                 registry.note(self._model, CANARY, version, reason)
-                self._told = found.reason
-        elif following == len(self._spec.steps):
+                self._told = told
+        elif following >= len(self._spec.weights):
             registry.promote(self._model, version, reason, judged=plan)
         else:
-            registry.set_canary(self._model, version, self._spec.steps[following], reason, following, judged=plan)
+            registry.set_canary(self._model, version, self._spec.weights[following], reason, following, judged=plan)
 
 
 def _by_variant(counts: dict[Who, Counts]) -> dict[str, Counts]:
@@ -115,7 +117,7 @@ class Conductor:
 
     async def __init__(self, model: str, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._counts: dict[Who, Counts] = {}
-        self._answers: OrderedDict[str, tuple[Who, float | None]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[Who, bool]] = OrderedDict()
         self._untold: dict[str, Spent] = {}
         self._timetable = Timetable(model, with_changes(settings, {}).canary)
         self._since = time.time()
@@ -138,20 +140,21 @@ class Conductor:
         for who, counts in delta.counts.items():
             self._counts.setdefault(who, Counts()).merge(counts)
         for identity, who in delta.answers.items():
-            self._answers.setdefault(identity, (who, None))
+            self._answers.setdefault(identity, (who, False))
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
         told, self._untold[ingress] = self._untold.get(ingress, {}), {}
         return told
 
     def feedback(self, identity: str, score: float) -> bool:
-        """Count a score from 0 to 1 for whoever gave that answer, in the place of an earlier one; False where nobody is
-        known to have."""
+        """Count a score from 0 to 1 for whoever gave that answer, the first one alone: a later one would change what an
+        earlier step was judged by. False where nobody is known to have given it."""
         if (known := self._answers.get(identity)) is None:
             return False
-        who, before = known
-        self._answers[identity] = (who, score)
-        self._counts[who].merge(Counts(feedback=int(before is None), feedback_sum=score - (before or 0.0)))
+        who, scored = known
+        if not scored:
+            self._answers[identity] = (who, True)
+            self._counts[who].merge(Counts(feedback=1, feedback_sum=score))
         return True
 
     def variants(self) -> dict[str, Any]:

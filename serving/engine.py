@@ -112,9 +112,15 @@ class LeasedServer(LLMServer):
             yield place
 
 
-def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
-    """The configuration under which Serve runs ``version`` as ``model: NAME``."""
+def llm_config(version: ModelVersion, spec: ServingSpec, begins: bool) -> LLMConfig:
+    """The configuration under which Serve runs ``version`` as ``model: NAME``.
+
+    Args:
+        begins: it has no deployment yet. Even where no replica may be left later, one shows that it can start.
+    """
     on_gpu = spec.gpus_per_replica > 0
+    # Serve comes back to so many whenever a deployment's configuration changes: named once, and only where it matters.
+    at_first = {"initial_replicas": 1} if begins and spec.autoscaling_config.min_replicas == 0 else {}
     bundle: dict[str, Any] = {"CPU": spec.cpus_per_replica}
     if on_gpu:
         bundle["GPU"] = spec.gpus_per_replica
@@ -124,7 +130,7 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
         placement_group_config={"bundle_per_worker": bundle},
         engine_kwargs=engine_kwargs(spec),
         deployment_config={
-            "autoscaling_config": spec.autoscaling_config.model_dump() | _at_first(spec),
+            "autoscaling_config": spec.autoscaling_config.model_dump() | at_first,
             "max_ongoing_requests": spec.max_ongoing_requests,
             "max_queued_requests": spec.max_queued_requests,
             "graceful_shutdown_timeout_s": spec.grace_s,
@@ -136,12 +142,6 @@ def llm_config(version: ModelVersion, spec: ServingSpec) -> LLMConfig:
         runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
         experimental_configs={"stream_batching_interval_ms": 0},
     )
-
-
-def _at_first(spec: ServingSpec) -> dict[str, int]:
-    """Even where no replica may be left later, one shows that it can start. Elsewhere none is named: Serve would come
-    back to so many whenever the deployment's configuration changes."""
-    return {"initial_replicas": 1} if spec.autoscaling_config.min_replicas == 0 else {}
 
 
 def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:

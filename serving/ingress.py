@@ -206,8 +206,8 @@ class Ingress:
 
     def _of_a_page_here(self, request: Request) -> bool:
         """Of no page in a browser, or of one that may: pages of others cannot read answers, but could ask all day."""
-        origin = request.headers.get("origin")
-        return not origin or origin in self._spec.ingress.cors_origins or place.is_loopback(_host_of(origin))
+        origin, allowed = request.headers.get("origin"), self._spec.ingress.cors_origins
+        return not origin or origin in allowed or "*" in allowed or place.is_loopback(_host_of(origin))
 
     def _quota(self, key: ApiKey) -> Quota:
         known, quota = self._quotas.get(key.name, ("", None))

@@ -22,6 +22,8 @@ _REFUSED = {
 _SCHEMAS = ("tools", "functions")
 _MOST_OF_AN_ID = 64
 """Characters: vLLM writes it into every event of a stream."""
+_OF_COMPLETIONS = 16
+"""Tokens of ``/v1/completions`` where nobody says how many."""
 _MOST_LEVELS = 100
 """Of a body's JSON: no honest one comes near it, and whoever walks through one needs no care."""
 
@@ -68,8 +70,13 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
         _at_most(body, name, limits.max_n)
     _check_prompts(body, limits)
     _check_stop(body.get("stop"), limits)
-    for name, schema in _schemas(body):
-        _check_schema(name, schema, limits)
+    try:
+        for name, schema in _schemas(body):
+            _check_schema(name, schema, limits)
+    except RecursionError:  # of one that is a text; the body itself is not so deep
+        most = f"at most {limits.max_schema_depth} levels"
+        told = f"structured_outputs must be {most} deep, but is deeper"
+        raise ApiError(400, told, "limit_exceeded", "structured_outputs") from None
 
 
 def _check_types(body: dict[str, Any]) -> None:
@@ -97,13 +104,15 @@ def _at_most(body: dict[str, Any], name: str, most: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise _of_another_type(name, "a whole number", value)
+    if value < 0:
+        raise ApiError(400, f"{name} must be at least 0, but got {value}", "limit_exceeded", name)
     if value > most:
         raise _beyond(name, value, most)
 
 
 def _of_another_type(name: str, wanted: str, value: Any) -> ApiError:
     """vLLM would read a number in a text, or a 1 as true: what was not looked at here."""
-    got = textwrap.shorten(json.dumps(value), 40)
+    got = textwrap.shorten(json.dumps(value)[:200], 40)
     return ApiError(400, f"{name} must be {wanted}, but got {got}", "invalid_type", name)
 
 
@@ -142,7 +151,8 @@ def _check_stop(stop: Any, limits: LimitsSpec) -> None:
 def most_tokens(body: dict[str, Any], limits: LimitsSpec) -> int:
     """What its answers may take, and about what its prompts do, at four characters a token."""
     asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
-    each = next((value for value in asked if isinstance(value, int)), limits.max_tokens)
+    otherwise = _OF_COMPLETIONS if "prompt" in body else limits.max_tokens
+    each = next((value for value in asked if isinstance(value, int)), otherwise)
     return each * (body.get("n") or 1) + sum(map(len, texts(body))) // 4
 
 

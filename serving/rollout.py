@@ -55,8 +55,8 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
         mend = f"ask for less in {OTHERWISE}"
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         serve.start(proxy_location="Disabled")  # of a cluster of ours: the ingress listens itself
+        registry.end_canary(version.model, "deploy")  # before: it might become production meanwhile
         bring(version.model, now, (version.version,), log)
-        registry.end_canary(version.model, "deploy")
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
     return {"model": version.model, "version": version.version, "url": now.url}
 
@@ -82,7 +82,7 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
         _keep(model, now, (production, found.version), log)
         if automatic := weight is None:
             spec = with_changes(registry.find(f"{model}@{production}").record["serving"], now.settings)
-            weight = spec.canary.steps[0]
+            weight = spec.canary.weights[0]
         registry.set_canary(model, found.version, weight, "canary", 0 if automatic else None)
     log(f"canary: {weight:g} % of {model} goes to {found.version}{', and more by timetable' if automatic else ''}")
     return {"model": model, "version": found.version, "weight": weight, "automatic": automatic}

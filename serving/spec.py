@@ -91,9 +91,7 @@ class FallbackSpec(_Spec):
 class CanarySpec(_Spec):
     """The timetable of an automatic canary, and what it must not do worse than production."""
 
-    steps: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = Field(
-        (5, 25, 50), description="Percent of traffic, below 100: production is what it is held against."
-    )
+    steps: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((5, 25, 50), description="Percent of traffic.")
     step_s: Annotated[float, Field(ge=0)] = Field(600, description="The least that a step takes.")
     min_requests: Annotated[int, Field(ge=1)] = Field(50, description="Of each variant in a step, to be judged.")
     max_error_increase: Annotated[float, Field(ge=0)] = 0.01
@@ -104,9 +102,14 @@ class CanarySpec(_Spec):
 
     @model_validator(mode="after")
     def _ascending(self) -> CanarySpec:
-        if not self.steps or list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"steps must be ascending percentages, but got {list(self.steps)}")
+        if not self.weights or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps must be ascending percentages, the first below 100, but got {list(self.steps)}")
         return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the steps, those that leave production something to be held against: 100 is what follows the last one."""
+        return tuple(step for step in self.steps if step < 100)
 
 
 class SamplingSpec(_Spec):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +104,7 @@ class Replies:
         wait_s: float,
         lending: Lending | None = None,
         place_s: float | None = None,
+        taken: Callable[[], None] | None = None,
     ) -> AsyncIterator[Reply]:
         """One request to whichever replica of ``version`` Serve has a place in; leaving the block ends it there too.
 
@@ -111,6 +112,7 @@ class Replies:
             wait_s: for a place and the head of the answer.
             lending: of a stream whose client's connection can be lent; where the replica is on this machine, it is.
             place_s: for a place alone, where it may be no longer.
+            taken: called once there is one.
 
         Raises:
             Overloaded: no place, or no replica that answers.
@@ -118,7 +120,7 @@ class Replies:
             TimeoutError: none in time.
         """
         async with asyncio.timeout(wait_s):
-            place, reply = await self._reach(model, version, path, payload, lending, place_s)
+            place, reply = await self._reach(model, version, path, payload, lending, place_s, taken or _nobody)
         try:
             if isinstance(reply, Begun):
                 yield reply
@@ -134,7 +136,14 @@ class Replies:
             place.give_up()
 
     async def _reach(
-        self, model: str, version: str, path: str, payload: bytes, lending: Lending | None, place_s: float | None
+        self,
+        model: str,
+        version: str,
+        path: str,
+        payload: bytes,
+        lending: Lending | None,
+        place_s: float | None,
+        taken: Callable[[], None],
     ) -> tuple[Place, Reply]:
         """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
         nothing has begun there."""
@@ -149,6 +158,7 @@ class Replies:
                 await asyncio.sleep(_PAUSE_S)
                 continue
             reply: Reply
+            taken()
             try:
                 if lending and (line := place.line()):
                     if not line.is_open:
@@ -252,6 +262,10 @@ class Replies:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         return await self._session.post(url, data=payload, headers={"Content-Type": "application/json"} | headers)
+
+
+def _nobody() -> None:
+    """Asks to be called."""
 
 
 async def pieces(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -134,6 +134,7 @@ def _run(model: str, now: Deployed, versions: Sequence[str], warm: Sequence[str]
         serving=now.settings,
         beside=beside,
         warm=list(warm),
+        begin=[version for version in versions if version not in now.versions],
         listens=(now.host, now.port),
         node=get_node_ip_address(),
         surge=room,

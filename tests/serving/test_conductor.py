@@ -103,10 +103,23 @@ def test_a_canary_that_people_move_is_left_alone(versions) -> None:
 
 
 def test_a_reason_to_hold_is_history_once(versions) -> None:
-    timetable = Timetable("tickets", SPEC)
+    timetable, total = Timetable("tickets", SPEC), {}
     for second in range(30):
         timetable.tick(second, {})
     assert reasons() == ["hold"]
+    for second in range(30, 60):  # the numbers in it change with every request
+        count(total, versions)
+        total[versions[1], "canary"].merge(Counts(requests=9, rejected=9))
+        timetable.tick(second, total)
+    assert reasons() == ["hold", "hold"]
+
+
+def test_a_last_step_of_100_is_the_promotion(versions) -> None:
+    timetable, total = Timetable("tickets", CanarySpec(steps=(10, 100), step_s=60, min_requests=20)), {}
+    timetable.tick(0, total)
+    count(total, versions)
+    timetable.tick(60, total)
+    assert registry.aliases("tickets") == {"production": versions[1], "previous": versions[0]}
 
 
 async def _conductor() -> Conductor:
@@ -130,10 +143,9 @@ def test_counts_of_several_replicas_come_together_and_feedback_finds_its_variant
         assert {who: counts["requests"] for who, counts in found.items()} == {"v1 production": 2, "v2 canary": 1}
         assert found["v2 canary"]["feedback_mean"] == 0.25
         conductor.report("b", other)
-        for score in (0.5, 1.0):  # of one answer the last score counts, and it counts once
-            assert conductor.feedback("answer-3", score)
+        assert conductor.feedback("answer-3", 1.0)
         scored = conductor.variants()["variants"]["v2 canary"]
-        assert (scored["feedback"], scored["feedback_mean"]) == (1, 1.0)
+        assert (scored["feedback"], scored["feedback_mean"]) == (1, 0.25), "an answer is scored once"
         conductor._clock.cancel()
 
     asyncio.run(scenario())

@@ -24,6 +24,8 @@ def schema(value: Any) -> dict[str, Any]:
     ("body", "words"),
     [
         ({"max_tokens": 101}, ["max_tokens must be at most 100", "got 101"]),
+        ({"max_tokens": -100_000}, ["max_tokens must be at least 0", "got -100000"]),
+        ({"n": -4}, ["n must be at least 0"]),
         ({"max_completion_tokens": 10**9}, ["max_completion_tokens"]),
         ({"n": 3}, ["n must be at most 2"]),
         ({"n": "3"}, ["n must be a whole number", 'got "3"']),
@@ -54,6 +56,7 @@ def schema(value: Any) -> dict[str, Any]:
         ({"structured_outputs": "x"}, ["structured_outputs must be an object"]),
         ({"structured_outputs": {"json": "{"}}, ["structured_outputs.json must be JSON"]),
         ({"structured_outputs": {"json": "[" * 1900}}, ["structured_outputs.json must be JSON"]),
+        ({"structured_outputs": {"json": "[" * 900 + "]" * 900}}, ["at most 32 levels"]),
         ({"structured_outputs": {"json": json.dumps({"pattern": "a" * 51})}}, ["structured_outputs.json pattern"]),
         ({"structured_outputs": {"json": json.dumps(DEEP)}}, ["structured_outputs.json must be at most 32 levels"]),
         ({"request_id": "a" * 65}, ["request_id must be a text of at most 64"]),
@@ -89,6 +92,7 @@ def test_what_a_client_that_leaves_is_charged() -> None:
     assert limits.most_tokens(asked, SPEC) == 100 + 100 + user
     assert limits.most_tokens(asked | {"max_tokens": 7, "n": 2}, SPEC) == 14 + 100 + user
     assert limits.most_tokens({"prompt": [1] * 8, "max_completion_tokens": 5, "max_tokens": 9}, SPEC) == 5 + 2
+    assert limits.most_tokens({"prompt": "x" * 8}, SPEC) == 16 + 2, "vLLM's default there"
 
 
 @pytest.mark.parametrize(
