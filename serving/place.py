@@ -93,6 +93,14 @@ def _address(log: Log) -> str:
         return head.address
 
 
+def start_serve() -> None:
+    """Where it does not run yet, without proxies: the ingress listens itself. Two that start it at once would fail."""
+    from ray import serve
+
+    with files.locked(paths.cluster_writing_file()):
+        serve.start(proxy_location="Disabled")
+
+
 def _end_unused() -> None:
     with suppress(ValueError), files.held(paths.cluster_users_file(), "others deploy on it"):
         if not deployed() and (head := own_head()):

@@ -49,12 +49,11 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
     with place.cluster(log, start=True):
         import ray
-        from ray import serve
 
         started = time.monotonic()
         mend = f"ask for less in {OTHERWISE}"
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
-        serve.start(proxy_location="Disabled")  # of a cluster of ours: the ingress listens itself
+        place.start_serve()
         registry.end_canary(version.model, "deploy")  # before: it might become production meanwhile
         bring(version.model, now, (version.version,), log)
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
