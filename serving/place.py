@@ -21,7 +21,8 @@ from serving import registry
 from serving.traffic import Routes
 
 HOST, PORT = "127.0.0.1", 8000
-_POLL_S, _TELL_S = 0.2, 15
+POLL_S, TELL_S = 0.2, 15
+"""How often Serve is asked how far something is, and a person told."""
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 _OF_OUR_CLUSTER = {
     # A replica's code and its handles run in the event loop in which requests arrive: a hop between two threads costs
@@ -188,10 +189,10 @@ def end(models: Iterable[str], log: Log) -> None:
         log(f"stop: {model}")
         serve.delete(model, _blocking=False)
     while left := set(models) & set(serve.status().applications):
-        if time.monotonic() - told > _TELL_S:
+        if time.monotonic() - told > TELL_S:
             told = time.monotonic()
             log(f"stop: {told - started:.0f} s: waiting for the last answers of {', '.join(sorted(left))}")
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
 
 
 def forget() -> None:

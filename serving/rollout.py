@@ -40,7 +40,7 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
     if spec.fallback and spec.fallback.model:
         registry.find(spec.fallback.model)
     with _alone(version.model), place.reserved(place.of(version.model, host, port).port):
-        now = replace(place.of(version.model, host, port), settings=changes)
+        now = replace(place.of(version.model, host, port), settings=changes)  # again: somebody may listen there by now
         _check_open(now.host)
         return _deploy(version, spec, now, log)
 

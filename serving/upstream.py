@@ -120,7 +120,7 @@ class Replies:
             TimeoutError: none in time.
         """
         async with asyncio.timeout(wait_s):
-            place, reply = await self._reach(model, version, path, payload, lending, place_s, taken or _nobody)
+            place, reply = await self._reach(model, version, path, payload, lending, place_s, taken)
         try:
             if isinstance(reply, Begun):
                 yield reply
@@ -143,7 +143,7 @@ class Replies:
         payload: bytes,
         lending: Lending | None,
         place_s: float | None,
-        taken: Callable[[], None],
+        taken: Callable[[], None] | None,
     ) -> tuple[Place, Reply]:
         """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
         nothing has begun there."""
@@ -158,7 +158,8 @@ class Replies:
                 await asyncio.sleep(_PAUSE_S)
                 continue
             reply: Reply
-            taken()
+            if taken:
+                taken()
             try:
                 if lending and (line := place.line()):
                     if not line.is_open:
@@ -262,10 +263,6 @@ class Replies:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         return await self._session.post(url, data=payload, headers={"Content-Type": "application/json"} | headers)
-
-
-def _nobody() -> None:
-    """Asks to be called."""
 
 
 async def pieces(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -17,12 +17,11 @@ from typing import Any
 
 from cluster import session
 from serving import place, registry
-from serving.place import Deployed, Log
+from serving.place import POLL_S, TELL_S, Deployed, Log
 from serving.spec import ServingSpec, with_changes
 
 OTHERWISE = "a YAML file of 'serving' keys, named with --settings"
 """Where a user gives other settings."""
-_POLL_S, _TELL_S = 0.2, 15
 _UNPLACED = "to be scheduled"
 """In what Serve says of a deployment, after 30 s, whose replicas no node has taken."""
 _TOLD_S, _SETTLE_S = 1.0, 1.0
@@ -44,14 +43,14 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
     wanted, have = tuple(dict.fromkeys(versions)), now.versions
     new = [version for version in wanted if version not in have]
     changed = _changed(model, now, set(wanted) & set(have))
-    room = _room(model, new + changed, now)
-    if have and not room and set(have) <= set(wanted) and new:
+    room, all_stay = _room(model, new + changed, now), set(have) <= set(wanted)
+    if have and not room and all_stay and new:
         log(f"deploy: no room for {', '.join(new)} beside what runs; waiting for replicas to end, or nodes to come")
     elif have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
     production = registry.aliases(model).get(registry.PRODUCTION)
     with _undone(model, now, room, log) as before:
-        beside = have and new and (room or set(have) <= set(wanted))
+        beside = have and new and (room or all_stay)
         if beside:
             _apply(model, now, (*have, *new), have, room, log)
             _answered(model, new, log)
@@ -179,14 +178,14 @@ def _wait_until_running(name: str, log: Log) -> None:
         lacking = {key: one.message for key, one in app.deployments.items() if _UNPLACED in one.message}
         if lacking and now - started > _ROOM_S:
             raise ValueError(_no_room(name, lacking, now - started))
-        if now - told >= _TELL_S:
+        if now - told >= TELL_S:
             told = now
             states = (
                 f"{key} {' '.join(one.replica_states)}{' (no room yet)' if key in lacking else ''}"
                 for key, one in app.deployments.items()
             )
             log(f"deploy: {now - started:.0f} s: {', '.join(states)}")
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
 
 
 def _no_room(name: str, lacking: dict[str, str], waited_s: float) -> str:
