@@ -165,6 +165,11 @@ def api_keys_file() -> Path:
     return home() / "keys.json"
 
 
+def api_keys_writing_file() -> Path:
+    """Held by the one command that changes them."""
+    return home() / "keys.lock"
+
+
 def serving_state_file() -> Path:
     """Which Ray cluster ``python -m serving deploy`` started, so that ``stop`` ends that one and no other."""
     return home() / "serving.json"

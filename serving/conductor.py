@@ -24,7 +24,7 @@ _REMEMBERED = 20_000
 Who = tuple[str, str]
 """Version and variant."""
 Spent = dict[str, tuple[int, int]]
-"""By an API key's name, requests and tokens."""
+"""By an API key's hash, requests and tokens."""
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Delta:
 
 
 def add_spent(total: Spent, more: Spent) -> None:
-    for name, (requests, tokens) in more.items():
-        before = total.get(name, (0, 0))
-        total[name] = (before[0] + requests, before[1] + tokens)
+    for sha256, (requests, tokens) in more.items():
+        before = total.get(sha256, (0, 0))
+        total[sha256] = (before[0] + requests, before[1] + tokens)
 
 
 class Timetable:

@@ -56,7 +56,7 @@ class Ingress:
         self._warm: tuple[str, ...] = ()
         self._routes = Routes((), "", {})
         self._keys: list[ApiKey] = []
-        self._quotas: dict[str, tuple[str, Quota]] = {}
+        self._quotas: dict[str, Quota] = {}
         application = serve.get_replica_context().app_name  # of ``serve run`` it need not be the model's name
         self._replies, self._delta, self._name = Replies({model: application}), Delta(), os.urandom(8).hex()
         self._meters = Meters()
@@ -103,7 +103,7 @@ class Ingress:
         with the next report."""
         self._meters.tell()
         delta, self._delta = self._delta, Delta()
-        spent = {name: spent for name, (_, quota) in self._quotas.items() if any(spent := quota.spent_since())}
+        spent = {sha256: spent for sha256, quota in self._quotas.items() if any(spent := quota.spent_since())}
         add_spent(delta.spent, spent)
         try:
             elsewhere = await self._conductor.report.remote(self._name, delta)
@@ -111,9 +111,11 @@ class Ingress:
             delta.merge(self._delta)
             self._delta = delta
             return
-        for name, (requests, tokens) in elsewhere.items():
-            if name in self._quotas:
-                self._quotas[name][1].take(requests, tokens)
+        there_are = {key.sha256: key for key in self._keys}
+        for sha256, (requests, tokens) in elsewhere.items():
+            if key := there_are.get(sha256):  # one that asked nothing here yet may have spent all of it elsewhere
+                self._quota(key).take(requests, tokens)
+        self._quotas = {sha256: quota for sha256, quota in self._quotas.items() if sha256 in there_are}
 
     # Routes ---------------------------------------------------------------------------------------------------------
 
@@ -210,11 +212,10 @@ class Ingress:
         return not origin or origin in allowed or "*" in allowed or place.is_loopback(_host_of(origin))
 
     def _quota(self, key: ApiKey) -> Quota:
-        known, quota = self._quotas.get(key.name, ("", None))
-        if quota is None or known != key.sha256:  # a key made anew under an old name has limits of its own
-            quota = Quota.of(key.requests_per_minute, key.tokens_per_minute, time.monotonic())
-            self._quotas[key.name] = key.sha256, quota
-        return quota
+        if key.sha256 not in self._quotas:  # not its name: a key made anew under an old one has limits of its own
+            now = time.monotonic()
+            self._quotas[key.sha256] = Quota.of(key.requests_per_minute, key.tokens_per_minute, now)
+        return self._quotas[key.sha256]
 
     async def _body(self, request: Request) -> bytes:
         """

@@ -40,12 +40,13 @@ def add(name: str, requests_per_minute: int | None, tokens_per_minute: int | Non
     for option, limit in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
         if limit is not None and limit < 1:
             raise ValueError(f"--{option}-per-minute must be at least 1, but got {limit}; leave it out for no limit")
-    known = read()
-    if name in {key.name for key in known}:
-        raise ValueError(f"there is a key {name!r} already; remove it first, or take another name")
-    plain = _PREFIX + secrets.token_urlsafe(32)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write([*known, ApiKey(name, _hash(plain), requests_per_minute, tokens_per_minute, now)])
+    with files.locked(paths.api_keys_writing_file()):
+        known = read()
+        if name in {key.name for key in known}:
+            raise ValueError(f"there is a key {name!r} already; remove it first, or take another name")
+        plain = _PREFIX + secrets.token_urlsafe(32)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _write([*known, ApiKey(name, _hash(plain), requests_per_minute, tokens_per_minute, now)])
     return plain
 
 
@@ -54,11 +55,12 @@ def remove(name: str) -> None:
     Raises:
         ValueError: there is no such key.
     """
-    known = read()
-    left = [key for key in known if key.name != name]
-    if len(left) == len(known):
-        raise ValueError(f"there is no key {name!r}; there are: {', '.join(key.name for key in known) or 'none'}")
-    _write(left)
+    with files.locked(paths.api_keys_writing_file()):
+        known = read()
+        left = [key for key in known if key.name != name]
+        if len(left) == len(known):
+            raise ValueError(f"there is no key {name!r}; there are: {', '.join(key.name for key in known) or 'none'}")
+        _write(left)
 
 
 def read() -> list[ApiKey]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_mistakes_are_one_line_and_change_nothing(home: Path, arguments: list, w
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
     assert keys.read() == before
+
+
+def test_keys_that_are_made_at_once_are_all_kept(home: Path) -> None:
+    names = [f"key-{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda name: keys.add(name, None, None), names))
+    assert sorted(key.name for key in keys.read()) == sorted(names)
+    assert all(keys.match(keys.read(), plain) for plain in made)
 
 
 def test_requests_run_out_and_come_back_by_the_minute() -> None:
