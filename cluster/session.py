@@ -115,11 +115,12 @@ class Head:
         head = psutil.Process(self.pid)
         known = {head, *head.children(recursive=True)}
         head.terminate()  # ray start --block ends its own in order
-        deadline = time.monotonic() + timeout_s
+        deadline, killing = time.monotonic() + timeout_s, False
         while left := [process for process in known | of_session(self.pid) if _runs(process)]:
-            if time.monotonic() > deadline + timeout_s:
+            if killing and time.monotonic() > deadline + timeout_s:
                 break  # nothing ends a process that the kernel holds
             if time.monotonic() > deadline:
+                killing = True
                 for process in left:
                     with suppress(psutil.NoSuchProcess):
                         process.kill()

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serving import events, limits, place
 from serving.counts import Counts
 from serving.errors import ApiError
-from serving.handover import Begun, Broken, Lending
+from serving.handover import STALLED_S, Begun, Broken, Lending
+from serving.listener import CLIENT
 from serving.quota import Quota
 from serving.samples import Sampler
 from serving.spec import ServingSpec
@@ -55,6 +56,7 @@ class Answer:
     def __init__(
         self,
         body: dict[str, Any],
+        path: str,
         target: Target,
         spec: ServingSpec,
         quota: Quota | None,
@@ -62,7 +64,8 @@ class Answer:
         sampler: Sampler | None = None,
         client: asyncio.Transport | None = None,
     ) -> None:
-        self._body, self._target, self._spec, self._quota, self._count = body, target, spec, quota, count
+        self._body, self._path, self._target, self._spec, self._quota = body, path, target, spec, quota
+        self._count = count
         self._sampler = sampler if sampler and sampler.wants() else None
         self._streamed, self._client, self._placed = body.get("stream") is True, client, False
         self._started = time.monotonic()
@@ -75,7 +78,7 @@ class Answer:
     def _left_s(self) -> float:
         return max(0.0, self._spec.ingress.limits.timeout_s - (time.monotonic() - self._started))
 
-    async def begin(self, replies: Replies, path: str) -> Response:
+    async def begin(self, replies: Replies) -> Response:
         """The response: whole, or a stream that has begun.
 
         Raises:
@@ -85,7 +88,7 @@ class Answer:
         stack = AsyncExitStack()
         try:
             with self._charged():
-                reply = await self._ask(stack, replies, path)
+                reply = await self._ask(stack, replies)
             if reply.status != 200:
                 return await self._refused(reply)
             if self._streamed:
@@ -100,11 +103,11 @@ class Answer:
 
     @contextmanager
     def _charged(self) -> Iterator[None]:
-        """A client that leaves once it has a place, before it is told what it used, has used all that it might, or it
-        had no limit."""
+        """A client that leaves, or is told that it took too long, once it has a place and before it is told what it
+        used, has used all that it might, or it had no limit."""
         try:
             yield
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TimeoutError):
             if self._placed:
                 self._charge()
             raise
@@ -114,14 +117,14 @@ class Answer:
 
     def _charge(self) -> None:
         if self._quota:
-            self._quota.spend(limits.most_tokens(self._body, self._spec.ingress.limits))
+            self._quota.spend(limits.most_tokens(self._body, self._path, self._spec.ingress.limits))
 
-    async def _ask(self, stack: AsyncExitStack, replies: Replies, path: str) -> Reply:
+    async def _ask(self, stack: AsyncExitStack, replies: Replies) -> Reply:
         """Whoever answers: the version that was chosen, or where that cannot, the fallback."""
         fallback, target = self._spec.fallback, self._target
         place_s = None if fallback is None else fallback.after_s
         lending = Lending(self._left_s, *self._looks()) if self._streamed and self._client else None
-        payload = self._payload(target.model)
+        payload, path = self._payload(target.model), self._path
         own = replies.from_version(
             target.model, target.version, path, payload, self._left_s, lending, place_s, self._has_place
         )
@@ -136,6 +139,7 @@ class Answer:
         name = fallback.model or fallback.endpoint_model or ""
         self._target = Target(name, f"{FALLBACK}:{name}", FALLBACK)
         other: AbstractAsyncContextManager[Reply]
+        self._has_place()
         try:
             if fallback.base_url:
                 key = os.environ.get(fallback.api_key_env) if fallback.api_key_env else None
@@ -195,10 +199,10 @@ class Answer:
             async with asyncio.timeout(self._left_s):
                 raw = await reply.read()
             answer = dict(json.loads(raw))
-        except (aiohttp.ClientError, ValueError, TypeError):
+            texts, usage = events.texts(answer), dict(answer.get("usage") or {})
+        except (aiohttp.ClientError, ValueError, TypeError, AttributeError):  # or it has another shape
             raise self.failed(went_away()) from None
-        texts = events.texts(answer)
-        counts = self._answered(answer.get("usage") or {}, bad=events.is_empty(answer) or self._bad_json(texts))
+        counts = self._answered(usage, bad=events.is_empty(answer) or self._bad_json(texts))
         self._note(answer.get("id"), counts)
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
@@ -208,11 +212,10 @@ class Answer:
         stream, first_at, late = events.Stream(*self._looks()), None, False
         async with stack:
             try:
-                async with asyncio.timeout(self._left_s):
-                    async for piece in pieces(reply):
-                        if out := stream.feed(piece):
-                            first_at = first_at or time.monotonic()
-                            yield out
+                async for piece in self._in_time(pieces(reply)):
+                    if out := stream.feed(piece):
+                        first_at = first_at or time.monotonic()
+                        yield out
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
             except BaseException:  # the client left
@@ -220,6 +223,19 @@ class Answer:
                 raise
             if event := self._end_of_stream(stream.told(first_at, late)):
                 yield event
+
+    async def _in_time(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The limit ends what waits for a part, and not the client that is being given one.
+
+        Raises:
+            TimeoutError: the next one is not there in time.
+        """
+        while True:
+            async with asyncio.timeout(self._left_s):
+                part = await anext(parts, None)
+            if part is None:
+                return
+            yield part
 
     async def _lent(self, stack: AsyncExitStack, reply: Begun) -> AsyncIterator[bytes]:
         """What the replica does not write to the client itself: an error event, where its stream breaks."""
@@ -237,6 +253,8 @@ class Answer:
                 told = events.Told(late=True)
             except Broken:
                 pass
+            if told.torn:
+                self._client.abort()
             if self._client.is_closing() and not told.late:
                 self._left(told)
                 return
@@ -263,7 +281,8 @@ class Answer:
             return None if told.failed else went_away().event
         first_s = None if told.first_at is None else told.first_at - self._started
         one = 1 in (self._body.get("max_tokens"), self._body.get("max_completion_tokens"))
-        empty = told.usage.get("completion_tokens", 2) < 2 and not one  # the last token ends the answer
+        said = "completion_tokens" in told.usage
+        empty = said and _number(told.usage, "completion_tokens") < 2 and not one  # the last token ends the answer
         counts = self._answered(told.usage, bad=empty or (self._wants_json and self._bad_json(told.texts)))
         if first_s is not None:
             counts.first_token.add(first_s)
@@ -285,8 +304,8 @@ class Answer:
         counts = Counts(
             requests=1,
             invalid=int(bad),
-            prompt_tokens=usage.get("prompt_tokens") or 0,
-            completion_tokens=usage.get("completion_tokens") or 0,
+            prompt_tokens=_number(usage, "prompt_tokens"),
+            completion_tokens=_number(usage, "completion_tokens"),
         )
         counts.latency.add(time.monotonic() - self._started)
         return counts
@@ -306,7 +325,17 @@ class _Stream(StreamingResponse):
     """Ends with its client, as starlette's does in a task group of anyio's, which takes longer than all else here."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await unless_gone(receive, self.stream_response(send))
+        async def unless_stalled(message: Any) -> None:
+            try:
+                async with asyncio.timeout(STALLED_S):
+                    await send(message)
+            except TimeoutError:
+                if client := scope.get(CLIENT):
+                    client.abort()  # which tells ``receive``
+                raise
+
+        with suppress(TimeoutError):
+            await unless_gone(receive, self.stream_response(unless_stalled))
 
 
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T | None:
@@ -334,6 +363,12 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any
         return None
     finally:
         leaving.cancel()
+
+
+def _number(usage: dict[str, Any], name: str) -> int:
+    """As an endpoint that is not ours may not give it."""
+    value = usage.get(name)
+    return max(0, value) if isinstance(value, int) else 0
 
 
 def _production(model: str) -> str:

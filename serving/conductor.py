@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ _TICK_S = 1.0
 _NUMBER = re.compile(r"[\d.]+")
 _REMEMBERED = 20_000
 """Answers whose variant is known when feedback on them arrives."""
+_MINUTE_S = 60.0
+"""By which keys are limited."""
 
 Who = tuple[str, str]
 """Version and variant."""
@@ -100,6 +102,35 @@ class Timetable:
             registry.set_canary(self._model, version, self._spec.weights[following], reason, following, judged=plan)
 
 
+class Ledger:
+    """What keys spent, told to each replica of the ingress that it was not spent at. It has no clock of its own."""
+
+    def __init__(self) -> None:
+        self._lately: deque[tuple[float, Spent]] = deque()
+        self._untold: dict[str, Spent] = {}
+        self._heard: dict[str, float] = {}
+
+    def exchange(self, ingress: str, spent: Spent, now: float) -> Spent:
+        """Take what was spent at one replica, and give what was at the others since it last asked; where it is new, for
+        it begins with all that its keys may spend in a minute, what was in the last one."""
+        while self._lately and self._lately[0][0] < now - _MINUTE_S:
+            self._lately.popleft()
+        for name in [name for name, at in self._heard.items() if at < now - _MINUTE_S]:
+            del self._heard[name], self._untold[name]
+        told = self._untold.get(ingress)
+        if told is None:
+            told = {}
+            for _, once in self._lately:
+                add_spent(told, once)
+        self._untold[ingress], self._heard[ingress] = {}, now
+        if spent:
+            self._lately.append((now, spent))
+        for name, untold in self._untold.items():
+            if name != ingress:
+                add_spent(untold, spent)
+        return told
+
+
 def _by_variant(counts: dict[Who, Counts]) -> dict[str, Counts]:
     """Production's and the canary's counts as they are now, apart from the ones that go on growing."""
     found: dict[str, Counts] = {}
@@ -118,7 +149,7 @@ class Conductor:
     async def __init__(self, model: str, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._counts: dict[Who, Counts] = {}
         self._answers: OrderedDict[str, tuple[Who, bool]] = OrderedDict()
-        self._untold: dict[str, Spent] = {}
+        self._ledger = Ledger()
         self._timetable = Timetable(model, with_changes(settings, {}).canary)
         self._since = time.time()
         self._clock = asyncio.create_task(self._run())
@@ -134,17 +165,14 @@ class Conductor:
         Returns:
             What the keys spent at the other replicas since this one last reported.
         """
-        for name, untold in self._untold.items():
-            if name != ingress:
-                add_spent(untold, delta.spent)
+        elsewhere = self._ledger.exchange(ingress, delta.spent, time.monotonic())
         for who, counts in delta.counts.items():
             self._counts.setdefault(who, Counts()).merge(counts)
         for identity, who in delta.answers.items():
             self._answers.setdefault(identity, (who, False))
         while len(self._answers) > _REMEMBERED:
             self._answers.popitem(last=False)
-        told, self._untold[ingress] = self._untold.get(ingress, {}), {}
-        return told
+        return elsewhere
 
     def feedback(self, identity: str, score: float) -> bool:
         """Count a score from 0 to 1 for whoever gave that answer, the first one alone: a later one would change what an

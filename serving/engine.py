@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
@@ -27,13 +28,16 @@ from serving.meters import EngineMeters
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
+_log = logging.getLogger("ray.serve")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
 """Of a replica's start, in their order."""
-_WATCH_S, _LAST_WORDS_S = 0.1, 0.1
+_WATCH_S, _ASK_S, _LAST_WORDS_S = 0.1, 5.0, 0.1
 _EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
 """vLLM's name for a model that the engine's core runs itself."""
 _TELL_S = 5.0
+_STEP_TIMEOUT = "WINNOW_STEP_TIMEOUT_S"
+_STRUCTURED = "structured_outputs_config"
 
 
 class _OnThisDisk(CallbackBase):
@@ -72,7 +76,8 @@ class LeasedServer(LLMServer):
         began.append(time.time())
         self._parts = dict(zip(PARTS, (after - before for before, after in pairwise(began)), strict=True))
         self._leases = Leases(application, get_node_ip_address(), self.engine.check_health)
-        self._background = [asyncio.create_task(self._end_with_engine()), asyncio.create_task(self._tell())]
+        watched = self._end_with_engine(), self._end_when_stuck(), self._tell()
+        self._background = [asyncio.create_task(one) for one in watched]
 
     async def _warm_up(self) -> None:
         """Generate once before Serve calls the replica ready: the first user does not wait for it."""
@@ -96,6 +101,16 @@ class LeasedServer(LLMServer):
                 await asyncio.sleep(_LAST_WORDS_S)
                 os._exit(1)
 
+    async def _end_when_stuck(self) -> None:
+        """The same where the engine's core does not come out of a step: to vLLM that is healthy, and to whoever asks it
+        silent for ever. It takes questions between steps."""
+        client: Any = self.engine._engine_client  # type: ignore[union-attr]  # vLLM's, of which Ray's engine tells less
+        await until_silent(client.is_sleeping, float(os.environ[_STEP_TIMEOUT]))
+        _log.error("the engine takes longer than step_timeout_s for one step; this replica ends")
+        for process in psutil.Process().children(recursive=True):
+            process.kill()  # it would not hear that its parent ended
+        os._exit(1)
+
     async def _tell(self) -> None:
         meters = EngineMeters()
         while True:
@@ -110,6 +125,18 @@ class LeasedServer(LLMServer):
         """``Leases.take``, as a call that Serve routes here."""
         async for place in self._leases.take():
             yield place
+
+
+async def until_silent(asked: Callable[[], Awaitable[Any]], within_s: float) -> None:
+    """Ask again and again until there is no answer in time. An error is one."""
+    while True:
+        question = asyncio.ensure_future(asked())
+        _, silent = await asyncio.wait([question], timeout=within_s)
+        if silent:
+            question.cancel()
+            return
+        question.exception()  # is seen by whoever looks after its health
+        await asyncio.sleep(min(_ASK_S, within_s))
 
 
 def llm_config(version: ModelVersion, spec: ServingSpec, begins: bool) -> LLMConfig:
@@ -149,22 +176,28 @@ def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
 
     On a CPU a single worker is the engine's core itself. As a process of its own, which is vLLM's way, it and the core
     wait for each other without a pause, and it is bound to the machine's first core, as the workers of all replicas.
+
+    Grammars are llguidance's, which bounds what a token may cost: of the xgrammar that vLLM takes by itself, a regular
+    expression of 33 characters keeps the core in one step for ever. Nor can it change from request to request: the
+    first that has a grammar settles it for the engine's life, while each is checked by the one that suits it.
     """
     cap = {"max_new_tokens": spec.ingress.limits.max_tokens}
     kwargs: dict[str, Any] = {_EXECUTOR: _IN_THE_CORE} if spec.workers == 1 and not spec.gpus_per_replica else {}
     kwargs |= spec.engine_kwargs
+    kwargs[_STRUCTURED] = {"backend": "guidance"} | kwargs.get(_STRUCTURED, {})
     return kwargs | {"override_generation_config": cap | kwargs.get("override_generation_config", {})}
 
 
 def environment(spec: ServingSpec) -> dict[str, str]:
     """What vLLM takes from its environment. On a CPU it computes on as many cores as the replica is given."""
+    everywhere = _OFFLINE | {_STEP_TIMEOUT: str(spec.step_timeout_s)}
     if spec.gpus_per_replica > 0:
-        return _OFFLINE
+        return everywhere
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)}
     if engine_kwargs(spec).get(_EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
         threads = max(1, int(spec.cpus_per_replica))
         on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
-    return _OFFLINE | on_cpu
+    return everywhere | on_cpu
 
 
 def _kept_compiled(version: ModelVersion) -> dict[str, str]:

@@ -23,6 +23,7 @@ class Told:
         failed: what an error in it said.
         status: of that error.
         late: it took longer than it might.
+        torn: a part of a chunk was written, so nothing can follow.
         first_at: when its first event was passed on, by the machine's monotonic clock.
         texts: the answers, one a choice, where they were kept.
     """
@@ -33,6 +34,7 @@ class Told:
     failed: str = ""
     status: int = 0
     late: bool = False
+    torn: bool = False
     first_at: float | None = None
     texts: list[str] = field(default_factory=list)
 
@@ -72,7 +74,7 @@ class Stream:
         if self._id is None and (found := _ID.search(said)):  # without reading all of its JSON a second time
             self._id = found[1].decode()
         if b'"usage"' in said and (usage := (chunk := _object(said)).get("usage")):
-            self._usage = usage
+            self._usage = usage if isinstance(usage, dict) else {}
             if not chunk.get("choices"):
                 return self.show_usage
         if said == _DONE:
@@ -83,9 +85,10 @@ class Stream:
             self._kept.append(said)
         return True
 
-    def told(self, first_at: float | None = None, late: bool = False) -> Told:
+    def told(self, first_at: float | None = None, late: bool = False, torn: bool = False) -> Told:
         """What it came to so far."""
-        return Told(self._id, self._usage, self._done, self._failed, self._status, late, first_at, self._texts())
+        texts = self._texts()
+        return Told(self._id, self._usage, self._done, self._failed, self._status, late, torn, first_at, texts)
 
     def _texts(self) -> list[str]:
         found: dict[int, str] = {}

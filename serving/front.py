@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from cluster import paths
 from serving import openapi
 from serving.errors import ApiError, failure
-from serving.ingress import CHAT, COMPLETIONS, Ingress
+from serving.ingress import Ingress
+from serving.limits import CHAT, COMPLETIONS
 from serving.spec import IngressSpec
 
 _ROUTES = {

@@ -30,6 +30,8 @@ NO_LEASE = 418
 _LENGTH = struct.Struct("!I")
 _READ = 2**18
 _FLUSH_S = 0.002
+STALLED_S = 20.0
+"""A client that takes nothing for so long has left, whatever its connection says: a place waits for it."""
 
 
 class Broken(Exception):
@@ -299,7 +301,8 @@ class _Exchange:
         self._status, self._body = 500, b""
         self._client: socket.socket | None = None
         self._first_at: float | None = None
-        self._asked = self._begun = self._deaf = False
+        self._asked = self._begun = self._deaf = self._torn = False
+        self._limit: asyncio.Timeout | None = None
 
     async def run(self, application: Any) -> None:
         """
@@ -308,10 +311,10 @@ class _Exchange:
         """
         late = False
         try:
-            async with asyncio.timeout(self._lending.left_s):
+            async with asyncio.timeout(self._lending.left_s) as self._limit:
                 await application(self._scope, self._receive, self._send)
         except TimeoutError:
-            late = True
+            late = not self._deaf
         except ConnectionError:  # of the line: a client left before its socket was lent
             raise
         except Exception:
@@ -322,7 +325,7 @@ class _Exchange:
             if self._client is not None:
                 self._client.close()
         if self._begun:
-            told = self._stream.told(self._first_at, late)
+            told = self._stream.told(self._first_at, late, self._torn)
             await self._wire.send(json.dumps(vars(told)).encode())
         else:
             await self._wire.send(b"%d\n%b" % (self._status, self._body))
@@ -359,15 +362,20 @@ class _Exchange:
 
     async def _write(self, data: bytes) -> None:
         assert self._client is not None, "borrowed"
+        self._torn = True
         try:
             try:
                 sent = self._client.send(data)
             except BlockingIOError:
                 sent = 0
             if sent < len(data):
-                await asyncio.get_running_loop().sock_sendall(self._client, data[sent:])
-        except OSError:
-            self._deaf = True  # the client is gone; the ingress sees that too, and ends the line
+                async with asyncio.timeout(STALLED_S):
+                    await asyncio.get_running_loop().sock_sendall(self._client, data[sent:])
+            self._torn = False
+        except OSError:  # it left, or does as if it had
+            self._deaf = True
+            if self._limit is not None and not self._limit.expired():
+                self._limit.reschedule(asyncio.get_running_loop().time())  # ends the answer where it waits next
 
 
 def _user(connection: socket.socket) -> int:

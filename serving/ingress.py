@@ -24,6 +24,7 @@ from serving.conductor import Delta, add_spent
 from serving.counts import Counts
 from serving.errors import ApiError, failure
 from serving.keys import ApiKey
+from serving.limits import CHAT, COMPLETIONS
 from serving.listener import CLIENT, Listener
 from serving.meters import Meters
 from serving.quota import Quota
@@ -35,7 +36,7 @@ from serving.upstream import Left, Replies
 SESSION_HEADER = "x-session-id"
 _POLL_S, _REPORT_S = 0.2, 1.0
 _log = logging.getLogger("ray.serve")
-_GENERATING = CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_GENERATING = CHAT, COMPLETIONS
 
 
 class Ingress:
@@ -86,17 +87,23 @@ class Ingress:
         self._keys = keys.read()
 
     async def _watch(self) -> None:
+        told = ""
         while True:
             await asyncio.sleep(_POLL_S)
             try:
                 await asyncio.to_thread(self._read)
-            except (OSError, ValueError) as error:  # shared storage that is away for a moment; what was read last holds
-                _log.warning("aliases or keys cannot be read: %s", error)
+            except Exception as error:  # storage that is away for a moment, a newer file; what was read last holds
+                if str(error) != told:
+                    _log.warning("aliases or keys cannot be read: %s", error)
+                told = str(error)
 
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_S)
-            await self._tell()
+            try:
+                await self._tell()
+            except Exception:  # whatever somebody counted: keys and canaries need the next report
+                _log.exception("what was counted cannot be told")
 
     async def _tell(self) -> None:
         """Hand what was counted to the conductor, and learn what the keys spent elsewhere. What it could not take goes
@@ -116,6 +123,12 @@ class Ingress:
             if key := there_are.get(sha256):  # one that asked nothing here yet may have spent all of it elsewhere
                 self._quota(key).take(requests, tokens)
         self._quotas = {sha256: quota for sha256, quota in self._quotas.items() if sha256 in there_are}
+
+    async def check_health(self) -> None:
+        """Serve starts a replica anew that has stopped to look at its files, or to tell what it counted."""
+        for task in self._background:
+            if task.done():
+                task.result()
 
     # Routes ---------------------------------------------------------------------------------------------------------
 
@@ -271,14 +284,19 @@ class Ingress:
         body = await self._asked(request)
         target = self._target(request, body)
         payload, wait_s = json.dumps(body | {"model": target.model}).encode(), self._spec.ingress.limits.timeout_s
-        try:
-            async with self._replies.from_version(target.model, target.version, path, payload, wait_s) as reply:
+
+        async def answer() -> Response:
+            async with (
+                asyncio.timeout(wait_s),
+                self._replies.from_version(target.model, target.version, path, payload, wait_s) as reply,
+            ):
                 return Response(await reply.read(), reply.status, media_type="application/json")
-        except Left:
-            raise went_away() from None
+
+        try:
+            return await unless_gone(request.receive, answer()) or _to_nobody()
         except TimeoutError:
             raise too_late() from None
-        except aiohttp.ClientError:
+        except (Left, aiohttp.ClientError):
             raise went_away() from None
 
     async def _generate(self, request: Request, path: str) -> Response:
@@ -286,10 +304,9 @@ class Ingress:
         body, client = await self._asked(request), request.scope.get(CLIENT)
         while True:
             target = self._target(request, body)
-            answer = Answer(body, target, self._spec, quota, self._count, self._sampler, client)
+            answer = Answer(body, path, target, self._spec, quota, self._count, self._sampler, client)
             try:
-                response = await unless_gone(request.receive, answer.begin(self._replies, path))
-                return response or Response(status_code=499)  # which nobody reads
+                return await unless_gone(request.receive, answer.begin(self._replies)) or _to_nobody()
             except Left:  # before it had a place for us: whoever took its place answers
                 continue
             except TimeoutError:
@@ -300,6 +317,11 @@ class Ingress:
     ) -> None:
         self._delta.add(target.version, target.variant, identity, counts)
         self._meters.add(*target, counts, first_s, took_s)
+
+
+def _to_nobody() -> Response:
+    """For a client that has left."""
+    return Response(status_code=499)
 
 
 def _key(request: Request, body: dict[str, Any]) -> str:

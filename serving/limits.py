@@ -10,6 +10,7 @@ from typing import Any
 from serving.errors import ApiError
 from serving.spec import LimitsSpec
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _REFUSED = {
     "chat_template": "the model's own chat template is used",
     "prompt_embeds": "give a prompt as text",
@@ -20,10 +21,13 @@ _REFUSED = {
     "mm_processor_kwargs": "it is for the engine's own settings",
 }
 _SCHEMAS = ("tools", "functions")
+_PROMPTS = ("messages", "prompt", "suffix", "documents", "chat_template_kwargs", "tokens")
 _MOST_OF_AN_ID = 64
 """Characters: vLLM writes it into every event of a stream."""
 _OF_COMPLETIONS = 16
 """Tokens of ``/v1/completions`` where nobody says how many."""
+_CHARS = 4
+"""Of a token, about."""
 _MOST_LEVELS = 100
 """Of a body's JSON: no honest one comes near it, and whoever walks through one needs no care."""
 
@@ -64,6 +68,7 @@ def check(body: dict[str, Any], limits: LimitsSpec) -> None:
         if body.get(name) is not None:
             raise ApiError(400, f"{name} is not taken in a request; {reason}", "unsupported_parameter", name)
     _check_types(body)
+    _check_logprobs(body, limits)
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _at_most(body, name, limits.max_tokens)
     for name in ("n", "best_of"):
@@ -91,6 +96,16 @@ def _check_types(body: dict[str, Any]) -> None:
     named = isinstance(tools, list | None) and all(isinstance(_function(one).get("name"), str) for one in tools or ())
     if not named:
         raise _of_another_type("tools", "a list of objects, each with the name of its function", tools)
+
+
+def _check_logprobs(body: dict[str, Any], limits: LimitsSpec) -> None:
+    """Those of a prompt are as many as its tokens times the vocabulary, all at once: gigabytes beside the cache."""
+    echoed = bool(body.get("echo")) and body.get("logprobs") not in (None, False)
+    if limits.prompt_logprobs or (body.get("prompt_logprobs") is None and not echoed):
+        return
+    name = "echo" if echoed else "prompt_logprobs"
+    told = "log-probabilities of a prompt are not given here: leave out prompt_logprobs, and echo beside logprobs"
+    raise ApiError(400, told, "unsupported_parameter", name)
 
 
 def _function(tool: Any) -> dict[str, Any]:
@@ -124,17 +139,17 @@ def _check_prompts(body: dict[str, Any], limits: LimitsSpec) -> None:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_n:
         raise _beyond("prompt", len(prompt), limits.max_n, " prompts")
-    for name in ("messages", "prompt", "suffix"):
+    for name in _PROMPTS:
         if (length := sum(map(len, _texts(body.get(name))))) > limits.max_prompt_chars:
             raise _beyond(name, length, limits.max_prompt_chars, " characters")
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a prompt; a token counts as a character."""
+    """Every text in a prompt, and as many characters for a token as it has, about. vLLM reads 1.0 as one, too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, int):
-        yield " "
+    elif isinstance(value, int | float):
+        yield " " * _CHARS
     elif isinstance(value, list | dict):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _texts(one)
@@ -148,17 +163,21 @@ def _check_stop(stop: Any, limits: LimitsSpec) -> None:
         raise _beyond("stop", length, limits.max_stop_chars, " characters")
 
 
-def most_tokens(body: dict[str, Any], limits: LimitsSpec) -> int:
-    """What its answers may take, and about what its prompts do, at four characters a token."""
-    asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
-    otherwise = _OF_COMPLETIONS if "prompt" in body else limits.max_tokens
-    each = next((value for value in asked if isinstance(value, int)), otherwise)
-    return each * (body.get("n") or 1) + sum(map(len, texts(body))) // 4
+def most_tokens(body: dict[str, Any], path: str, limits: LimitsSpec) -> int:
+    """What its answers may take, and about what its prompts do. Of another route's fields none counts, which vLLM does
+    not read either."""
+    asked, prompts = [body.get("max_tokens"), _OF_COMPLETIONS], 1
+    if path == CHAT:
+        asked = [body.get("max_completion_tokens"), body.get("max_tokens"), limits.max_tokens]
+    elif isinstance(prompt := body.get("prompt"), list) and prompt and isinstance(prompt[0], str | list):
+        prompts = len(prompt)
+    each: int = next(value for value in asked if value is not None)
+    return each * prompts * (body.get("n") or 1) + sum(map(len, texts(body))) // _CHARS
 
 
 def texts(body: dict[str, Any]) -> Iterator[str]:
     """Every text of its prompts."""
-    for name in ("messages", "prompt"):
+    for name in _PROMPTS:
         yield from _texts(body.get(name))
 
 

@@ -6,11 +6,17 @@ Several replicas on a machine may share one port; the kernel gives each a share 
 from __future__ import annotations
 
 import asyncio
+import json
+import resource
 import socket
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.errors import ApiError
 
 CLIENT = "winnow.client"
 """Where a request's scope has the transport of its connection, if that can be lent (``handover``)."""
@@ -18,6 +24,102 @@ _BACKLOG = 2048
 _LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 1.0
 """How long, at the end, clients are told with their answers to connect elsewhere; and then, with no new connection,
 how long what was connected last has to send its request."""
+
+_HEAD_S, _MOST_OF_A_HEAD = 30.0, 65_536
+"""How long a request's first line and headers may take, and their bytes."""
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, which has no limits for a request's head, and does not see a client leave that sent its next request
+    before it had its answer. Here such a request is not read: the connection ends with the answer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head: int | None = None
+        self._until: asyncio.TimerHandle | None = None
+        self._over = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._begin_head()
+        if len(self.connections) > _most_connections():
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        if self._head is None and not self._answering:
+            self._begin_head()
+        head = self._until
+        super().data_received(data)
+        if self._head is not None and self._until is head:  # and not of the next request, which began with its end
+            self._head += len(data)
+            if self._head > _MOST_OF_A_HEAD:
+                told = f"the request's head must be at most {_MOST_OF_A_HEAD} bytes, but is longer"
+                self._refuse(ApiError(431, told, "head_too_large"))
+
+    def on_message_begin(self) -> None:
+        if self._answering:
+            self._over, self.cycle.keep_alive = True, False
+        elif self._head is None:
+            self._begin_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        if not self._over:
+            self._end_head()
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._over:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._over:
+            super().on_message_complete()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _begin_head(self) -> None:
+        self._head, self._until = 0, self.loop.call_later(_HEAD_S, self._too_slow)
+
+    def _end_head(self) -> None:
+        self._head = None
+        if self._until is not None:
+            self._until.cancel()
+            self._until = None
+
+    def _too_slow(self) -> None:
+        if self._head == 0:
+            self.transport.abort()  # nothing came at all
+            return
+        told = f"the request's head must be here within {_HEAD_S:g} s, but is not"
+        self._refuse(ApiError(408, told, "head_too_slow"))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "this is no HTTP request", "invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """The end of the connection; of one that is being answered, without a word that would be within the answer."""
+        if self._answering:
+            self.transport.abort()
+            return
+        body = json.dumps(error.body).encode()
+        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def _most_connections() -> int:
+    """Half of the files that this process may open: an answer takes a second one."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 class Listener:
@@ -40,6 +142,8 @@ class Listener:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._told(application),
+                http=_Connection,
+                ws="none",
                 lifespan="off",
                 access_log=False,
                 log_config=None,
@@ -58,22 +162,22 @@ class Listener:
         """End, and lose no request: a client that keeps its connection may be sending the next one at any moment."""
         self._closing = True
         await asyncio.sleep(_LAST_ANSWERS_S)
-        waiting = self._not_yet_accepted()
-        for server in self._server.servers:
-            server.close()
-        for connection in waiting:
+        for connection in self._let_go_of_port():
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
         await asyncio.sleep(_LAST_REQUESTS_S)
         self._server.should_exit = True
         await self._task
 
-    def _not_yet_accepted(self) -> list[socket.socket]:
-        """Connections that the kernel made and would reset when the port closes."""
+    def _let_go_of_port(self) -> list[socket.socket]:
+        """Stop to listen: connections that the kernel made meanwhile, and would reset when the port closes."""
         found = []
-        with suppress(BlockingIOError), self._socket.dup() as port:
+        with self._socket.dup() as port:  # closes at once when no connection is left
+            for server in self._server.servers:
+                server.close()
             port.setblocking(False)
-            while True:
-                found.append(port.accept()[0])
+            with suppress(BlockingIOError):
+                while True:
+                    found.append(port.accept()[0])
         return found
 
     def _protocol(self) -> Any:

@@ -14,6 +14,8 @@ from cluster.settings import one_line
 
 _WORKERS = ("tensor_parallel_size", "pipeline_parallel_size")
 """Of vLLM's engine: a replica has as many workers as their product."""
+_SECTIONS = ("override_generation_config", "structured_outputs_config")
+"""Of vLLM's engine: mappings to which Winnow adds its own."""
 _REPORTS_S = 10
 """Serve's replicas and handles tell their load every so many seconds."""
 _ENDS_S = 10
@@ -66,6 +68,9 @@ class LimitsSpec(_Spec):
     max_schema_bytes: Annotated[int, Field(ge=1)] = Field(16_384, description="A JSON schema, grammar or tool list.")
     max_schema_depth: Annotated[int, Field(ge=1)] = 32
     max_regex_chars: Annotated[int, Field(ge=1)] = 512
+    prompt_logprobs: bool = Field(
+        False, description="Whether a prompt's log-probabilities may be asked for, which take an engine's memory."
+    )
     body_timeout_s: Annotated[float, Field(gt=0)] = Field(60, description="For all of the request's body to come.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(600, description="From the request to its last token.")
 
@@ -139,6 +144,9 @@ class ServingSpec(_Spec):
     max_queued_requests: Annotated[int, Field(ge=1)] = Field(256, description="Waiting beyond that: 503.")
     cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, description="Without a GPU the engine's threads, too.")
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120, description="An engine that takes longer for one step is ended, and another one started."
+    )
     kv_cache_gib: Annotated[int, Field(ge=1)] = Field(1, description="vLLM's key-value cache on a CPU replica.")
     ingress: IngressSpec = IngressSpec()
     canary: CanarySpec = CanarySpec()
@@ -150,6 +158,13 @@ class ServingSpec(_Spec):
             value = self.engine_kwargs.get(name, 1)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"engine_kwargs.{name} must be a whole number above 0, but got {value!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_are_some(self) -> ServingSpec:
+        for name in _SECTIONS:
+            if not isinstance(value := self.engine_kwargs.get(name, {}), dict):
+                raise ValueError(f"engine_kwargs.{name} must be a mapping, but got {value!r}")
         return self
 
     @model_validator(mode="after")

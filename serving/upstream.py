@@ -22,8 +22,9 @@ from serving import handover, leases
 from serving.errors import ApiError
 from serving.handover import Begun, Broken, Gone, Lending, Line
 
-_TRIES, _PAUSE_S = 8, 0.2
-"""How many new places are tried that turn out to be gone: nothing was sent to them yet."""
+_TRIES, _PAUSE_S, _LONGER = 8, 0.2, 1.5
+"""How many new places are tried that turn out to be gone, for nothing was sent to them yet, and how long after each
+other: Ray may take seconds to see that a replica died."""
 _KEPT_S, _OLDEST_S = 0.1, (4.0, 8.0)
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
 
@@ -154,9 +155,9 @@ class Replies:
                 left_s = None if place_s is None else began + place_s - time.monotonic()
                 async with asyncio.timeout(left_s):
                     place = await self._lease(model, version)
-            if place is None:
-                await asyncio.sleep(_PAUSE_S)
-                continue
+                    if place is None:
+                        await asyncio.sleep(_PAUSE_S * _LONGER ** (tries - 1))
+                        continue
             reply: Reply
             if taken:
                 taken()

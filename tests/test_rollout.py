@@ -14,11 +14,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import fake_judge
@@ -69,26 +69,34 @@ def ask(client: openai.OpenAI, user: str = "", model: str = "tickets", **more: A
     return client.chat.completions.with_raw_response.create(model=model, messages=ASKED, **wanted)
 
 
+def everywhere(ask: Callable[[], int], status: int, within_s: float = 10) -> None:
+    """That it comes to this at both replicas of the ingress, soon: each of a dozen calls has its own connection."""
+    deadline = time.monotonic() + within_s
+    while (told := [ask() for _ in range(12)]) != [status] * 12:
+        assert time.monotonic() < deadline, told
+
+
 def version_of(reply: Any) -> str:
     return reply.headers["x-winnow-version"]
 
 
 @contextmanager
 def load(client: openai.OpenAI, clients: int = 4, pause_s: float = 0, **more: Any) -> Iterator[dict[str, list]]:
-    """So many clients that ask again and again; half of them stream."""
+    """So many clients that ask again and again; half of them stream. What they saw is by when they asked for it."""
     seen: dict[str, list] = {"versions": [], "errors": []}
     over = Event()
 
     def go(streams: bool) -> None:
         while not over.is_set():
+            began = time.monotonic()
             try:
                 if streams:
                     pieces = list(client.chat.completions.create(model="tickets", messages=ASKED, stream=True, **more))
                     assert pieces[-1].choices[0].finish_reason
                 else:
-                    seen["versions"].append((time.monotonic(), version_of(ask(client, **more))))
-            except openai.APIError as error:
-                seen["errors"].append((time.monotonic(), error))
+                    seen["versions"].append((began, version_of(ask(client, **more))))
+            except Exception as error:  # a stream without its end too: nobody would see it in a thread
+                seen["errors"].append((began, error))
                 time.sleep(0.2)
             time.sleep(pause_s)
 
@@ -202,13 +210,16 @@ def test_bad_feedback_rolls_an_automatic_canary_back(quickstart, versions, clien
             scores[reply.parse().id] = score
     for identity, score in scores.items():
         assert post(url, {"id": identity, "score": score})[0] == 200
-    time.sleep(2.5)  # the conductor looks every second
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        deadline = time.monotonic() + 15
+        while registry.canary("tickets") and time.monotonic() < deadline:  # the conductor looks every second
+            time.sleep(0.2)
         assert registry.canary("tickets") is None
         assert registry.aliases("tickets")["production"] == versions[0]
         last = registry.history("tickets")[-1]
     assert last["reason"].startswith("roll back: mean feedback 0.2")
+    time.sleep(1)
     assert {version_of(ask(client, user)) for user in users["canary"][:5]} == {versions[0]}
     assert post(url, {"id": "chatcmpl-unknown", "score": 1})[0] == 404
     assert post(url, {"id": "x", "score": 7})[0] == 400
@@ -266,6 +277,7 @@ def test_refusals_take_no_threads_of_the_ingress(quickstart) -> None:
         return sum(one.num_threads() for one in _found(quickstart, "ServeReplica:tickets:ingress"))
 
     before = threads()
+    assert before
     with ThreadPoolExecutor(32) as pool:
         told = list(
             pool.map(lambda _: post(f"{quickstart['url']}/chat/completions", BODY | {"model": "x"}), range(256))
@@ -305,6 +317,21 @@ def _counted(quickstart) -> dict[str, Any]:
     return app["variants"][f"{app['version']} production"]
 
 
+ENDLESS = {"regex": "((((a?){1,99}){1,99}){1,99}){1,99}"}, {"grammar": 'root ::= ((("a"?){1,99}){1,99}){1,99}'}
+
+
+def test_a_form_that_takes_for_ever_does_not_stop_the_engine(quickstart, client) -> None:
+    """Of each the first token took a core that had xgrammar's longer than anybody waited, and all others with it."""
+    forms = [{"structured_outputs": one, "max_tokens": 8} for one in ENDLESS]
+    forms.append(formed({"type": "string", "pattern": ENDLESS[0]["regex"]}))
+    for form in forms:
+        status, answer, _ = post(f"{quickstart['url']}/chat/completions", BODY | form)
+        assert status in (200, 400), answer
+        began = time.monotonic()
+        assert ask(client).status_code == 200
+        assert time.monotonic() - began < 20
+
+
 def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
     root = quickstart["url"].removesuffix("/v1")
     headers = {"Origin": "https://evil.example"}
@@ -320,8 +347,9 @@ def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
 def test_no_request_that_the_openapi_document_allows_or_forbids_breaks_the_server(quickstart) -> None:
     root = quickstart["url"].removesuffix("/v1")
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{root}/openapi.json", "--seed", "1"]
+    unhurried = ["--workers", "4", "--request-timeout", "120", "--suppress-health-check", "too_slow"]
     done = subprocess.run(
-        [*command, "--checks", "not_a_server_error", "--max-examples", "10", "--no-color"],
+        [*command, "--checks", "not_a_server_error", "--max-examples", "10", "--no-color", *unhurried],
         capture_output=True,
         text=True,
         cwd=quickstart["home"],
@@ -365,63 +393,74 @@ def test_the_official_client_finds_every_route_and_every_error(quickstart, clien
 def test_clients_that_go_away_free_their_places(quickstart, client) -> None:
     host, port = quickstart["url"].removeprefix("http://").removesuffix("/v1").split(":")
 
-    def leave(streams: bool) -> None:
+    def leave(streams: bool) -> bytes:
         body = json.dumps(BODY | {"max_tokens": 400, "ignore_eos": True, "stream": streams}).encode()
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
             time.sleep(0.2)
+            connection.setblocking(False)
+            try:
+                return connection.recv(12)
+            except BlockingIOError:
+                return b""
 
     with ThreadPoolExecutor(64) as pool:
-        list(pool.map(leave, [True, False] * 64))
+        told = set(pool.map(leave, [True, False] * 64))
+    assert told == {b"", b"HTTP/1.1 200"}, "some had begun, others waited, and none was refused"
     started = time.monotonic()
     ask(client)
-    assert time.monotonic() - started < 5, "128 answers of 400 tokens would have taken a minute"
+    assert time.monotonic() - started < 20, "128 answers of 400 tokens would have taken a minute"
 
 
 def test_keys_open_what_they_may_and_no_more(quickstart, client) -> None:
     root, lemon = quickstart["url"].removesuffix("/v1"), {"model": "tickets", "prompt": "lemon"}
+
+    def status(key: str = "no") -> int:
+        return post(f"{root}/tokenize", lemon, Authorization=f"Bearer {key}")[0]
+
+    def admits(limited: openai.OpenAI) -> bool:
+        try:
+            return ask(limited).status_code == 200
+        except openai.RateLimitError:
+            return False
+
     ada = serving(quickstart, "keys", "add", "ada")["key"]
     eve = serving(quickstart, "keys", "add", "eve", "--requests-per-minute", "12")["key"]
     try:
-        time.sleep(0.5)
+        everywhere(status, 401)
         with pytest.raises(openai.AuthenticationError):
             ask(client)
         for path in ("/tokenize", "/detokenize", "/v1/completions", "/v1/feedback"):
-            status, answer, headers = post(root + path, lemon, Authorization="Bearer no")
-            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            told, answer, headers = post(root + path, lemon, Authorization="Bearer no")
+            assert (told, answer["error"]["code"]) == (401, "invalid_api_key")
             assert headers["www-authenticate"] == "Bearer"
         assert ask(client.with_options(api_key=ada)).status_code == 200
-        assert post(f"{root}/tokenize", lemon, Authorization=f"Bearer {ada}")[0] == 200
-        limited = client.with_options(api_key=eve)
-        for _ in range(12):
-            ask(limited)
+        assert status(ada) == 200
+        limited, began = client.with_options(api_key=eve), time.monotonic()
+        admitted = sum(admits(limited) for _ in range(24))  # by one connection, and so one replica
+        assert 12 <= admitted <= 13 + (time.monotonic() - began) / 5
         with pytest.raises(openai.RateLimitError) as caught:
             ask(limited)
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 5
         assert "eve" in str(caught.value)
-        started = time.monotonic()
         assert ask(limited.with_options(max_retries=4)).status_code == 200, "the official client waits as it is told"
-        assert time.monotonic() - started > 1
         bob = serving(quickstart, "keys", "add", "bob", "--tokens-per-minute", "300")["key"]
-        time.sleep(0.5)
+        time.sleep(2)  # unasked, so that one replica has not seen this key when the other tells what it spent
         spending = client.with_options(api_key=bob)
         with spending.chat.completions.create(
             model="tickets", messages=ASKED, stream=True, **LONG | {"max_tokens": 400}
         ) as it:
             next(iter(it))  # and away, before it is told what it used
-        time.sleep(2.5)  # the other replica of the ingress, which never saw this key, learns it too
-        told = {post(f"{root}/tokenize", lemon, Authorization=f"Bearer {bob}")[0] for _ in range(12)}
-        assert told == {429}, "each by a connection of its own, and so by either replica"
+        time.sleep(2.5)
+        everywhere(lambda: status(bob), 429)
         winnow("serving", "keys", "remove", "bob", env=quickstart["env"])
         bob = serving(quickstart, "keys", "add", "bob")["key"]
-        time.sleep(0.5)
-        assert ask(client.with_options(api_key=bob)).status_code == 200, "a new key has its own limits"
+        everywhere(lambda: status(bob), 200)  # a new key has its own limits
     finally:
         for name in ("ada", "eve", "bob"):
             winnow("serving", "keys", "remove", name, env=quickstart["env"])
-        time.sleep(0.5)
-    assert ask(client).status_code == 200
+    everywhere(status, 200)
 
 
 def test_only_what_is_in_flight_fails_when_an_engine_dies_and_the_next_one_answers(quickstart, client) -> None:
@@ -434,19 +473,19 @@ def test_only_what_is_in_flight_fails_when_an_engine_dies_and_the_next_one_answe
             time.sleep(0.2)
     assert len(seen["versions"]) >= before + 8, "the service is back"
     assert 0 < len(seen["errors"]) <= 6, seen["errors"]
-    assert all(at < killed + 2 for at, _ in seen["errors"]), "whoever came later waited"
+    assert all(began < killed + 1 for began, _ in seen["errors"]), "whoever came later waited"
     assert not any(isinstance(error, openai.APIConnectionError) for _, error in seen["errors"])
 
 
 def test_an_ingress_that_dies_takes_only_its_own_connections_with_it(quickstart, client) -> None:
-    with load(client, 6) as seen:
+    with load(client, 12) as seen:
         time.sleep(1)
         _one_of(quickstart, "ServeReplica:tickets:ingress").kill()
         killed = time.monotonic()
         time.sleep(4)
-    assert len(seen["errors"]) <= 6, seen["errors"]
-    assert all(at < killed + 1 for at, _ in seen["errors"])
-    assert max(at for at, _ in seen["versions"]) > killed + 3
+    assert len(seen["errors"]) < 12, "those of the other replica go on"
+    assert all(began < killed + 1 for began, _ in seen["errors"])
+    assert max(began for began, _ in seen["versions"]) > killed + 3
 
 
 def _one_of(quickstart, name: str) -> psutil.Process:
@@ -458,8 +497,12 @@ def _one_of(quickstart, name: str) -> psutil.Process:
 def _found(quickstart, name: str) -> list[psutil.Process]:
     """Processes of this endpoint's cluster, and of no other."""
     head = json.loads((quickstart["home"] / "serving.json").read_text())["head"]["pid"]
-    family = psutil.Process(head).children(recursive=True)
-    return [one for one in family if one.status() != psutil.STATUS_ZOMBIE and name in " ".join(one.cmdline())]
+    found = []
+    for one in psutil.Process(head).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # or it is a zombie, which is one of those
+            if name in " ".join(one.cmdline()):
+                found.append(one)
+    return found
 
 
 def test_a_soak_in_small_finds_its_processes_as_they_were(quickstart, client) -> None:
@@ -492,6 +535,7 @@ def deploy(quickstart, file: Path, reference: str = "tickets", **settings: Any) 
 def test_new_settings_replace_engine_and_ingress_under_load_and_lose_nothing(quickstart, client, tmp_path) -> None:
     names = ("VLLM::EngineCore", "ServeReplica:tickets:ingress")
     before = {one.pid for name in names for one in _found(quickstart, name)}
+    assert len(before) >= len(names)
     with load(client, 3, pause_s=0.1) as seen:
         deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, ingress={"sampling": {"share": 1}})
         time.sleep(3)
@@ -518,13 +562,15 @@ def test_a_canary_without_room_says_so_and_can_be_interrupted(quickstart, versio
     command = [sys.executable, "-m", "serving", "canary", "tickets", versions[0], "--weight", "10"]
     waiting = subprocess.Popen(command, cwd=ROOT, env=quickstart["env"], stderr=subprocess.PIPE, text=True)
     assert waiting.stderr
-    lines = iter(waiting.stderr)
+    lines, enough = iter(waiting.stderr), Timer(120, waiting.kill)
+    enough.start()
     try:
         assert next(lines).startswith(f"deploy: no room for {versions[0]} beside what runs; waiting for")
         assert version_of(ask(client)) == versions[1]
     finally:
         waiting.terminate()
     told = [*lines]
+    enough.cancel()
     assert "deploy: back to what ran before\n" in told
     assert told[-1] == "interrupted; see 'python -m serving status'\n"
     assert waiting.wait(timeout=60) == 130
@@ -553,7 +599,7 @@ def test_the_fallback_answers_where_the_model_is_late(quickstart, versions, clie
         for origin, allowed in ((PAGE, PAGE), ("https://evil.example", None)):
             _, _, headers = post(f"{quickstart['url']}/chat/completions", BODY, Origin=origin)
             assert headers.get("access-control-allow-origin") == allowed
-    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} <= before, "no engine was started anew"
+    assert {one.pid for one in _found(quickstart, "VLLM::EngineCore")} == before, "no engine was started anew"
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:

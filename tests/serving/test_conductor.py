@@ -9,7 +9,7 @@ import pytest
 from test_registry import put
 
 from serving import registry
-from serving.conductor import Conductor, Delta, Timetable
+from serving.conductor import Conductor, Delta, Ledger, Timetable
 from serving.counts import Counts
 from serving.judgement import Decision, Judgement
 from serving.spec import CanarySpec
@@ -161,6 +161,19 @@ def test_each_replica_learns_what_the_others_let_a_key_spend(versions) -> None:
         assert conductor.report("b", Delta(spent={"ada": (7, 0)})) == {"ada": (3, 35)}
         assert conductor.report("b", Delta()) == {}
         assert conductor.report("a", Delta()) == {"ada": (7, 0)}
+        assert conductor.report("c", Delta()) == {"ada": (10, 35)}, "a replica that comes later"
         conductor._clock.cancel()
 
     asyncio.run(scenario())
+
+
+def test_a_new_replica_learns_of_the_last_minute_and_one_that_is_gone_is_forgotten() -> None:
+    ledger = Ledger()
+    ledger.exchange("a", {"ada": (1, 100)}, 0.0)
+    for second in range(10, 131, 10):
+        ledger.exchange("a", {"ada": (1, 5)}, float(second))
+    assert ledger.exchange("b", {}, 130.0) == {"ada": (7, 35)}, "of 70 to 130 s"
+    ledger.exchange("a", {"ada": (1, 0)}, 180.0)
+    assert ledger.exchange("b", {}, 185.0) == {"ada": (1, 0)}
+    assert ledger.exchange("c", {}, 260.0) == {}
+    assert set(ledger._untold) == {"c"}

@@ -39,6 +39,7 @@ def write(tmp_path: Path, settings: str) -> Path:
         ("max_model_len: 8", ["serving.max_model_len", "unknown key"]),
         ("cpus_per_replica: many", ["serving.cpus_per_replica", "'many'"]),
         ("engine_kwargs: {tensor_parallel_size: two}", ["engine_kwargs.tensor_parallel_size", "'two'"]),
+        ("engine_kwargs: {structured_outputs_config: x}", ["structured_outputs_config must be a mapping", "'x'"]),
         ("autoscaling_config: {min_replicas: 0, downscale_delay_s: 5}", ["downscale_delay_s must be above 10 s", "5"]),
         ("- 8", ["must be a mapping"]),
         ("a: [", ["not YAML"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import uvloop
 from starlette.responses import JSONResponse, StreamingResponse
 
-from serving import listener
+from serving import handover, listener
 from serving.events import Told
 from serving.handover import NO_LEASE, Begun, Broken, Desk, Gone, Lending, Line
 from serving.listener import CLIENT, Listener
@@ -123,6 +124,13 @@ def scenario(request, monkeypatch: pytest.MonkeyPatch) -> Callable[[Play], None]
     return start
 
 
+async def until(true: Callable[[], Any], within_s: float = 10) -> None:
+    """Whatever comes of it is asserted by whoever waits."""
+    deadline = time.monotonic() + within_s
+    while not true() and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+
+
 async def ask(session: aiohttp.ClientSession, **asked: Any) -> str:
     async with session.post("/answer", json=asked) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
@@ -166,6 +174,23 @@ def test_whoever_reads_slowly_gets_all_of_it(scenario) -> None:
     scenario(play)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_whoever_reads_nothing_is_waited_for_a_while(scenario, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    monkeypatch.setattr(handover, "STALLED_S", 30 if late else 0.3)
+
+    async def play(replica, front, session) -> None:
+        limit = {"lending": {"left_s": 0.3 if late else 30}}
+        async with session.post("/answer", json={"words": 400, "size": 1_000_000} | limit) as reply:
+            await until(lambda: front.told)
+            reply.close()
+        assert "done" not in replica.ended
+        assert replica.held == 0
+        told = front.told[-1]
+        assert (told.done, told.late, told.torn) == (False, late, True), "nothing can follow half of a chunk"
+
+    scenario(play)
+
+
 def test_a_request_may_be_long(scenario) -> None:
     async def play(replica, front, session) -> None:
         assert "[DONE]" in await ask(session, words=1, padding="x" * 3_000_000)
@@ -179,7 +204,7 @@ def test_a_client_that_leaves_ends_the_answer(scenario) -> None:
             await reply.content.readany()
             assert replica.held == 1
             reply.close()
-        await asyncio.sleep(0.2)
+        await until(lambda: front.told and not replica.held)
         assert (front.told, replica.ended, replica.held) == (["left"], ["cancelled"], 0)
 
     scenario(play)

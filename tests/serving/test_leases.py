@@ -55,7 +55,7 @@ class Call:
 
 
 def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Replies], Awaitable[None]]) -> None:
-    monkeypatch.setattr(leases, "IDLE_S", 0.4)
+    monkeypatch.setattr(leases, "IDLE_S", 0.8)
     monkeypatch.setattr(upstream, "_KEPT_S", 0.1)
     monkeypatch.setattr(listener, "_LAST_ANSWERS_S", 0.0)  # no client is connected any more
     monkeypatch.setattr(listener, "_LAST_REQUESTS_S", 0.0)
@@ -73,6 +73,12 @@ def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Re
     asyncio.run(run())
 
 
+async def until(true: Callable[[], bool], within_s: float = 10) -> None:
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
 async def ask(replies: Replies, seconds: float = 0.0, wait_s: float = 5) -> bytes:
     async with replies.from_version("tickets", "v1", f"/{seconds}", b"{}", wait_s) as reply:
         assert reply.status == 200
@@ -86,8 +92,7 @@ def test_one_lease_serves_one_request_after_the_other(monkeypatch: pytest.Monkey
         assert handle.calls == 1
         await asyncio.gather(*(ask(replies, 0.05) for _ in range(5)))
         assert handle.calls == 5, "as many places as requests at once"
-        await asyncio.sleep(0.3)
-        assert replica._held == {}, "nobody asked any more"
+        await until(lambda: replica._held == {})  # nobody asked any more
         await ask(replies)
         assert handle.calls == 6
 
@@ -108,8 +113,8 @@ def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch
         assert await status("") == NO_LEASE
         assert sorted(await asyncio.gather(status(place.token, 0.1), status(place.token))) == [200, NO_LEASE]
         assert await status(place.token) == 200
-        await asyncio.sleep(0.6)
-        assert await status(place.token) == NO_LEASE, "it was not used for too long"
+        await until(lambda: replica._held == {})  # it was not used for too long
+        assert await status(place.token) == NO_LEASE
 
     scenario(monkeypatch, play)
 
@@ -128,11 +133,9 @@ def test_whoever_gives_up_frees_the_place_at_once(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(TimeoutError):
             await ask(replies, 1, wait_s=0.1)
         asking = asyncio.create_task(ask(replies, 1))
-        await asyncio.sleep(0.1)
-        assert len(replica._held) == 1
+        await until(lambda: len(replica._held) == 1)
         asking.cancel()
-        await asyncio.sleep(0.05)
-        assert replica._held == {}
+        await until(lambda: replica._held == {}, 0.3)  # and not when it would have been done
 
     scenario(monkeypatch, play)
 

@@ -36,7 +36,13 @@ def schema(value: Any) -> dict[str, Any]:
         ({"stream": "true"}, ["stream must be true or false"]),
         ({"prompt": ["a", "b", "c"]}, ["at most 2 prompts"]),
         ({"prompt": "x" * 1001}, ["prompt must be at most 1000 characters"]),
-        ({"prompt": [7] * 1001}, ["prompt must be at most 1000"]),
+        ({"prompt": [7] * 251}, ["prompt must be at most 1000"]),
+        ({"prompt": [7] + [1.0] * 250}, ["prompt must be at most 1000"]),
+        ({"tokens": [7] * 251}, ["tokens must be at most 1000"]),
+        ({"documents": [{"text": "x" * 1001}]}, ["documents must be at most 1000"]),
+        ({"chat_template_kwargs": {"a": "x" * 1001}}, ["chat_template_kwargs must be at most 1000"]),
+        ({"prompt_logprobs": 0}, ["log-probabilities of a prompt"]),
+        ({"echo": True, "logprobs": 1}, ["log-probabilities of a prompt"]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 999}]}]}, ["messages"]),
         ({"stop": ["a"] * 9}, ["at most 8 strings"]),
         ({"stop": "x" * 300}, ["at most 256 characters"]),
@@ -86,13 +92,28 @@ def test_the_rest_is_left_to_vllm(body: dict) -> None:
     limits.check(body, SPEC)
 
 
+def test_log_probabilities_of_a_prompt_may_be_allowed() -> None:
+    asked = {"prompt_logprobs": 1, "echo": True, "logprobs": 1}
+    limits.check(asked, SPEC.model_copy(update={"prompt_logprobs": True}))
+    limits.check({"echo": True, "logprobs": None}, SPEC)
+    limits.check({"logprobs": 5}, SPEC)
+
+
 def test_what_a_client_that_leaves_is_charged() -> None:
-    asked = {"messages": [{"role": "user", "content": "x" * 400}]}
-    user = len("user") // 4
-    assert limits.most_tokens(asked, SPEC) == 100 + 100 + user
-    assert limits.most_tokens(asked | {"max_tokens": 7, "n": 2}, SPEC) == 14 + 100 + user
-    assert limits.most_tokens({"prompt": [1] * 8, "max_completion_tokens": 5, "max_tokens": 9}, SPEC) == 5 + 2
-    assert limits.most_tokens({"prompt": "x" * 8}, SPEC) == 16 + 2, "vLLM's default there"
+    def of_chat(**more: Any) -> int:
+        asked = {"messages": [{"role": "user", "content": "x" * 400}]} | more
+        return limits.most_tokens(asked, limits.CHAT, SPEC) - 100 - len("user") // 4
+
+    def of_completions(prompt: Any, **more: Any) -> int:
+        return limits.most_tokens({"prompt": prompt} | more, limits.COMPLETIONS, SPEC)
+
+    assert of_chat() == 100
+    assert of_chat(max_tokens=7, n=2) == 14
+    assert of_chat(max_completion_tokens=5, max_tokens=9) == 5
+    assert of_chat(prompt="") == 100, "vLLM reads no prompt there"
+    assert of_completions("x" * 8) == 16 + 2, "vLLM's default there"
+    assert of_completions([1] * 8, max_completion_tokens=0, max_tokens=9) == 9 + 8, "nor that"
+    assert of_completions(["x" * 8] * 3, max_tokens=9, n=2) == 54 + 6
 
 
 @pytest.mark.parametrize(

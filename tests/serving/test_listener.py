@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 import multiprocessing
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from serving import listener
 from serving.listener import Listener
 
 CLIENTS = 6
@@ -21,14 +28,15 @@ def application(name: str) -> Any:
     return answer
 
 
-def client(port: int, keeps: bool, until: float) -> tuple[int, list[tuple[float, str]]]:
+def client(port: int, keeps: bool, scratch: Path) -> tuple[int, list[tuple[float, str]]]:
     """Ask again and again, never twice for one answer: how many requests were lost, and who answered when."""
     lost, seen, connection = 0, [], http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    while time.time() < until:
+    while not (scratch / "enough").exists():
         try:
             connection.request("POST", "/")
             reply = connection.getresponse()
             seen.append((time.time(), reply.read().decode()))
+            (scratch / str(os.getpid())).touch()
         except (http.client.HTTPException, OSError):
             lost += 1
             connection.close()
@@ -38,23 +46,147 @@ def client(port: int, keeps: bool, until: float) -> tuple[int, list[tuple[float,
     return lost, seen
 
 
-def test_of_two_on_one_port_one_ends_and_no_request_is_lost() -> None:
+def test_of_two_on_one_port_one_ends_and_no_request_is_lost(tmp_path: Path) -> None:
     async def run(pool: ProcessPoolExecutor) -> None:
         first = Listener(application("1"), "127.0.0.1", 0)
         port = int(first.url.rpartition(":")[2])
         await first.close()
         first, second = (Listener(application(name), "127.0.0.1", port) for name in "12")
-        loop, until = asyncio.get_running_loop(), time.time() + 8
-        clients = [loop.run_in_executor(pool, client, port, number % 4 > 0, until) for number in range(CLIENTS)]
-        await asyncio.sleep(5)  # a process of Python's takes a moment to start
+        loop = asyncio.get_running_loop()
+        clients = [loop.run_in_executor(pool, client, port, number % 4 > 0, tmp_path) for number in range(CLIENTS)]
+        async with asyncio.timeout(60):
+            while len([*tmp_path.iterdir()]) < CLIENTS:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        ending = time.time()
         await first.close()
         closed = time.time()
+        await asyncio.sleep(0.5)
+        (tmp_path / "enough").touch()
         results = await asyncio.gather(*clients)
         await second.close()
         assert [lost for lost, _ in results] == [0] * CLIENTS
         seen = [one for _, some in results for one in some]
-        assert {name for at, name in seen if at < closed - 2} == {"1", "2"}
+        assert {name for at, name in seen if at < ending} == {"1", "2"}
         assert {name for at, name in seen if at > closed} == {"2"}
 
     with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
         asyncio.run(run(pool))
+
+
+REQUEST = b"POST /%d HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+
+
+def on_a_connection(monkeypatch: pytest.MonkeyPatch, play: Any) -> list[str]:
+    """What the application saw of a client that ``play`` acts: requests that came, and those that were left."""
+    monkeypatch.setattr(listener, "_LAST_ANSWERS_S", 0.0)
+    monkeypatch.setattr(listener, "_LAST_REQUESTS_S", 0.0)
+    seen: list[str] = []
+
+    async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+        size, message = 0, await receive()
+        while message["type"] == "http.request" and message["more_body"]:
+            size, message = size + len(message["body"]), await receive()
+        if scope["path"] == "/0":
+            size += len(message["body"])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": str(size).encode()})
+            return
+        while message["type"] != "http.disconnect":
+            message = await receive()
+        seen.append(f"{scope['path']} left")
+
+    async def run() -> None:
+        served = Listener(application, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rpartition(":")[2]))
+        async with asyncio.timeout(20):
+            await play(reader, writer, seen)
+        writer.close()
+        await served.close()
+
+    asyncio.run(run())
+    return seen
+
+
+@pytest.mark.parametrize(
+    "then", [REQUEST % (2, 0), b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"]
+)
+def test_a_client_that_sent_more_than_is_answered_yet_has_left_all_the_same(monkeypatch, then: bytes) -> None:
+    async def play(reader, writer, seen) -> None:
+        writer.write(REQUEST % (1, 0))
+        await asyncio.sleep(0.1)
+        writer.write(then)
+        await asyncio.sleep(0.1)
+        writer.close()
+        while len(seen) < 2:
+            await asyncio.sleep(0.01)
+
+    assert on_a_connection(monkeypatch, play) == ["/1", "/1 left"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "code"),
+    [
+        (b"POST / HTTP/1.1\r\n" + b"X: " + b"x" * 400_000, 431, "head_too_large"),
+        (b"POST / HTTP/1.1\r\n" + b"X: y\r\n" * 80_000, 431, "head_too_large"),
+        (b"POST / HTTP/1.1\r\nHost:", 408, "head_too_slow"),
+        (b"\x16\x03\x01\x02\x00", 400, "invalid_http"),
+        (b"", None, None),
+    ],
+)
+def test_a_head_without_an_end_is_not_waited_for(monkeypatch, head: bytes, status: int | None, code: str) -> None:
+    monkeypatch.setattr(listener, "_HEAD_S", 0.5)
+
+    async def play(reader, writer, seen) -> None:
+        with suppress(ConnectionError):
+            for start in range(0, len(head), 10_000):
+                writer.write(head[start : start + 10_000])
+                await writer.drain()
+                await asyncio.sleep(0)
+        answer = b""
+        with suppress(ConnectionError):
+            answer = await reader.read()
+        if status and answer:  # a client that is still writing may see no more than the end
+            assert answer.startswith(b"HTTP/1.1 %d " % status)
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+        assert answer or len(head) > 65_536 or not head
+
+    assert on_a_connection(monkeypatch, play) == []
+
+
+def test_a_long_body_after_half_a_head_is_answered(monkeypatch) -> None:
+    monkeypatch.setattr(listener, "_HEAD_S", 0.5)
+    request = REQUEST % (0, 200_000) + b"x" * 200_000
+
+    async def play(reader, writer, seen) -> None:
+        for cut in (10, len(request), 10):
+            writer.write(request[:cut])
+            await asyncio.sleep(0.1)
+            writer.write(request[cut:])
+            assert b" 200 OK" in await reader.readuntil(b"\r\n\r\n")
+            assert b"200000" in await reader.readuntil(b"0\r\n\r\n")
+            await asyncio.sleep(0.6)  # longer than a head may take
+
+    assert on_a_connection(monkeypatch, play) == ["/0"] * 3
+
+
+def test_of_requests_without_a_pause_the_first_is_answered_and_the_connection_ends(monkeypatch) -> None:
+    async def play(reader, writer, seen) -> None:
+        writer.write((REQUEST % (0, 3) + b"abc") * 3)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b" 200 OK" in head
+        assert b"connection: close" in head
+        assert await reader.read() == b"1\r\n3\r\n0\r\n\r\n"
+
+    assert on_a_connection(monkeypatch, play) == ["/0"]
+
+
+def test_there_are_only_so_many_connections(monkeypatch) -> None:
+    monkeypatch.setattr(listener, "_most_connections", lambda: 0)
+
+    async def play(reader, writer, seen) -> None:
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+
+    assert on_a_connection(monkeypatch, play) == []
