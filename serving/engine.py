@@ -23,6 +23,7 @@ from ray.serve.llm import LLMConfig, LLMServer
 from ray.util import get_node_ip_address
 
 from cluster import paths
+from serving import place
 from serving.leases import Leases
 from serving.meters import EngineMeters
 from serving.registry import ModelVersion
@@ -123,8 +124,8 @@ class LeasedServer(LLMServer):
 
     async def lease(self) -> AsyncIterator[tuple[str, str, str]]:
         """``Leases.take``, as a call that Serve routes here."""
-        async for place in self._leases.take():
-            yield place
+        async for one in self._leases.take():
+            yield one
 
 
 async def until_silent(asked: Callable[[], Awaitable[Any]], within_s: float) -> None:
@@ -209,9 +210,6 @@ def _kept_compiled(version: ModelVersion) -> dict[str, str]:
 
 def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
     """Of all that a replica has to be started anew for: its model, its engine's settings, its place, its code."""
-    place = (spec.cpus_per_replica, spec.gpus_per_replica, environment(spec))
-    parts = json.dumps([version.version, engine_kwargs(spec), place], sort_keys=True, default=str)
-    digest = hashlib.sha256(parts.encode())
-    for name in ("engine", "leases", "listener", "handover", "events", "meters"):
-        digest.update((paths.package("serving") / f"{name}.py").read_bytes())
-    return digest.hexdigest()[:16]
+    where = (spec.cpus_per_replica, spec.gpus_per_replica, environment(spec))
+    parts = json.dumps([version.version, engine_kwargs(spec), where], sort_keys=True, default=str)
+    return hashlib.sha256((parts + place.code()).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ What has to be known from one command to the next stands in ``WINNOW_HOME/servin
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import logging
 import os
@@ -12,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,7 @@ _OF_OUR_CLUSTER = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
 """Ray's settings that are read as its processes start."""
+_OF_REPLICAS = ("engine", "leases", "listener", "handover", "events", "errors", "meters")
 Log = Callable[[str], None]
 
 
@@ -45,12 +47,14 @@ class Deployed:
         versions: that have a deployment, the one first that was deployed last.
         settings: keys of the serving section, in the place of what each version was registered with.
         host, port: where its ingress listens.
+        code: of the engines' replicas (``code``), as ``remember`` was last called with it.
     """
 
     host: str = HOST
     port: int = PORT
     versions: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
 
     @property
     def url(self) -> str:
@@ -174,7 +178,17 @@ def production(model: str, now: Deployed) -> str:
     return Routes(now.versions, now.versions[0], registry.aliases(model)).production
 
 
+@lru_cache(maxsize=1)
+def code() -> str:
+    """Of what an engine's replicas run. With another one they are started anew, whatever else stays."""
+    digest = hashlib.sha256()
+    for name in _OF_REPLICAS:
+        digest.update((paths.package("serving") / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def remember(model: str, now: Deployed) -> None:
+    now = replace(now, code=code())
     with files.locked(paths.cluster_writing_file()):
         apps = {name: asdict(app) for name, app in (deployed() | {model: now}).items()}
         files.write_json(paths.serving_state_file(), _read() | {"apps": apps})

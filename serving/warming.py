@@ -82,15 +82,20 @@ def _answered(model: str, versions: Sequence[str], log: Log) -> None:
 
 
 def _changed(model: str, now: Deployed, versions: Iterable[str]) -> list[str]:
-    """Of the versions that are deployed, those whose replicas the new settings start anew."""
+    """Of the versions that are deployed, those whose replicas the new settings, or our own new code, start anew."""
     from serving import engine
 
-    before = place.deployed()[model].settings if now.versions else {}
+    if not now.versions:
+        return []
+    before = place.deployed()[model]
+    if before.code != place.code():
+        return list(versions)
     found = {version: registry.find(f"{model}@{version}") for version in versions}
     return [
         name
         for name, version in found.items()
-        if len({engine.fingerprint(version, _spec(version, settings)) for settings in (before, now.settings)}) > 1
+        if len({engine.fingerprint(version, _spec(version, settings)) for settings in (before.settings, now.settings)})
+        > 1
     ]
 
 
