@@ -202,8 +202,11 @@ class Answer:
             texts, usage = events.texts(answer), dict(answer.get("usage") or {})
         except (aiohttp.ClientError, ValueError, TypeError, AttributeError):  # or it has another shape
             raise self.failed(went_away()) from None
-        counts = self._answered(usage, bad=events.is_empty(answer) or self._bad_json(texts))
+        empty = events.is_empty(answer)
+        counts = self._answered(usage, empty, self._bad_json(texts))
         self._note(answer.get("id"), counts)
+        if counts.rejected:
+            return JSONResponse(_NO_TEXT.body, _NO_TEXT.status, headers=self._all_headers())
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
 
@@ -283,7 +286,7 @@ class Answer:
         one = 1 in (self._body.get("max_tokens"), self._body.get("max_completion_tokens"))
         said = "completion_tokens" in told.usage
         empty = said and _number(told.usage, "completion_tokens") < 2 and not one  # the last token ends the answer
-        counts = self._answered(told.usage, bad=empty or (self._wants_json and self._bad_json(told.texts)))
+        counts = self._answered(told.usage, empty, self._bad_json(told.texts))
         if first_s is not None:
             counts.first_token.add(first_s)
         self._note(told.id, counts, first_s)
@@ -300,14 +303,19 @@ class Answer:
     def _bad_json(self, texts: list[str]) -> bool:
         return self._wants_json and not all(map(events.is_json, texts))
 
-    def _answered(self, usage: dict[str, Any], bad: bool) -> Counts:
+    def _answered(self, usage: dict[str, Any], empty: bool, bad_json: bool) -> Counts:
+        """What an answer counts for. One that is empty though held to a form is what was asked for: llguidance lets an
+        answer end at once whose grammar allows no text."""
+        unmet = empty and limits.holds_to_a_form(self._body)
         counts = Counts(
             requests=1,
-            invalid=int(bad),
+            rejected=int(unmet),
+            invalid=int((empty or bad_json) and not unmet),
             prompt_tokens=_number(usage, "prompt_tokens"),
             completion_tokens=_number(usage, "completion_tokens"),
         )
-        counts.latency.add(time.monotonic() - self._started)
+        if not unmet:
+            counts.latency.add(time.monotonic() - self._started)
         return counts
 
     def failed(self, error: ApiError | None) -> ApiError:
