@@ -399,16 +399,15 @@ def test_clients_that_go_away_free_their_places(quickstart, client) -> None:
         with socket.create_connection((host, int(port))) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
-            time.sleep(0.2)
-            connection.setblocking(False)
+            connection.settimeout(10 if streams else 0.2)
             try:
                 return connection.recv(12)
-            except BlockingIOError:
+            except TimeoutError:
                 return b""
 
     with ThreadPoolExecutor(64) as pool:
         told = set(pool.map(leave, [True, False] * 64))
-    assert told == {b"", b"HTTP/1.1 200"}, "some had begun, others waited, and none was refused"
+    assert told == {b"", b"HTTP/1.1 200"}, "streams had begun, others waited, and none was refused"
     started = time.monotonic()
     ask(client)
     assert time.monotonic() - started < 20, "128 answers of 400 tokens would have taken a minute"
@@ -430,6 +429,7 @@ def test_keys_open_what_they_may_and_no_more(quickstart, client) -> None:
     eve = serving(quickstart, "keys", "add", "eve", "--requests-per-minute", "12")["key"]
     try:
         everywhere(status, 401)
+        time.sleep(1)
         with pytest.raises(openai.AuthenticationError):
             ask(client)
         for path in ("/tokenize", "/detokenize", "/v1/completions", "/v1/feedback"):
