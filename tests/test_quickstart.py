@@ -21,6 +21,8 @@ from test_runs import trials
 
 from serving.spec import LimitsSpec
 
+pytestmark = pytest.mark.timeout(1800)
+"""The first test waits for all of the quickstart, which a slow machine takes a quarter of an hour for."""
 TICKET = "Ticket: Hello, My card shows two payments for one Pixel Printer. This is urgent. Thanks, Ada"
 
 
