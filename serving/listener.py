@@ -26,7 +26,8 @@ _LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 1.0
 how long what was connected last has to send its request."""
 
 _HEAD_S, _MOST_OF_A_HEAD = 30.0, 65_536
-"""How long a request's first line and headers may take, and their bytes."""
+"""How long a request's first line and headers may take, and their bytes; and how long what is left of a request
+that was refused."""
 
 
 class _Connection(HttpToolsProtocol):
@@ -37,7 +38,7 @@ class _Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head: int | None = None
         self._until: asyncio.TimerHandle | None = None
-        self._over = False
+        self._within = self._over = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -52,7 +53,7 @@ class _Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
-        if self._head is None and not self._answering:
+        if self._head is None and not self._answering and not self._within:
             self._begin_head()
         head = self._until
         super().data_received(data)
@@ -72,6 +73,7 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if not self._over:
             self._end_head()
+            self._within = True
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -80,7 +82,14 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if not self._over:
+            self._within = False
+            self._end_head()
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._within:  # it was refused before its end, which the client may have to send before it reads that
+            self._until = self.loop.call_later(_HEAD_S, self.transport.abort)
 
     @property
     def _answering(self) -> bool:

@@ -145,7 +145,7 @@ class ServingSpec(_Spec):
     cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, description="Without a GPU the engine's threads, too.")
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        120, description="An engine that takes longer for one step is ended, and another one started."
+        600, description="An engine that takes longer for one step is ended, and another one started."
     )
     kv_cache_gib: Annotated[int, Field(ge=1)] = Field(1, description="vLLM's key-value cache on a CPU replica.")
     ingress: IngressSpec = IngressSpec()

@@ -85,6 +85,11 @@ def on_a_connection(monkeypatch: pytest.MonkeyPatch, play: Any) -> list[str]:
 
     async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
         seen.append(scope["path"])
+        if scope["path"] == "/9":
+            await receive()
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"no"})
+            return
         size, message = 0, await receive()
         while message["type"] == "http.request" and message["more_body"]:
             size, message = size + len(message["body"]), await receive()
@@ -180,6 +185,32 @@ def test_of_requests_without_a_pause_the_first_is_answered_and_the_connection_en
         assert await reader.read() == b"1\r\n3\r\n0\r\n\r\n"
 
     assert on_a_connection(monkeypatch, play) == ["/0"]
+
+
+def test_what_is_refused_before_its_end_is_read_for_a_while_and_the_next_request_answered(monkeypatch) -> None:
+    monkeypatch.setattr(listener, "_HEAD_S", 1.0)
+
+    async def play(reader, writer, seen) -> None:
+        for _ in range(2):
+            writer.write(REQUEST % (9, 400_000) + b"x" * 1000)
+            assert b" 413 " in await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(2) == b"no"
+            for _ in range(399):
+                writer.write(b"x" * 1000)
+                await writer.drain()
+            writer.write(REQUEST % (0, 3) + b"abc")
+            assert b" 200 OK" in await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readuntil(b"0\r\n\r\n") == b"1\r\n3\r\n0\r\n\r\n"
+        writer.write(REQUEST % (9, 400_000) + b"x" * 1000)
+        await reader.readuntil(b"no")
+        with suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(b"x")
+                await asyncio.sleep(0.1)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(1), 0.01)
+
+    assert on_a_connection(monkeypatch, play) == ["/9", "/0", "/9", "/0", "/9"]
 
 
 def test_there_are_only_so_many_connections(monkeypatch) -> None:
