@@ -180,26 +180,31 @@ def start_head(
     # jobs say 'python': let them find the one that runs this
     own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | own | dict(environment or {}),
-        )
-    started, metrics = psutil.Process(process.pid).create_time(), ports["--metrics-export-port"]
-    head = Head(f"127.0.0.1:{ports['--port']}", process.pid, started, metrics)
-    deadline = time.monotonic() + timeout_s
+    deadline, others = time.monotonic() + timeout_s, set(psutil.Process().children())
+
+    def known(process: psutil.Process) -> Head:
+        return Head(f"127.0.0.1:{ports['--port']}", process.pid, process.create_time(), ports["--metrics-export-port"])
+
     try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | own | dict(environment or {}),
+            )
+        head = known(psutil.Process(process.pid))
         while "Ray runtime started" not in log.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"ray start failed: {log.read_text(errors='replace').strip()[-500:]}")
             time.sleep(0.2)
         protect_token()
-    except BaseException:  # interrupted, too: nobody knows of it yet
-        head.stop()
+    except BaseException:  # interrupted, too, even before ``Popen`` has told of it: nobody else knows of it
+        for child in set(psutil.Process().children()) - others:
+            with suppress(psutil.NoSuchProcess):
+                known(child).stop()
         raise
     return head
 

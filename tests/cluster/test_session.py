@@ -55,6 +55,20 @@ def test_a_node_that_is_interrupted_while_it_starts_ends(tmp_path: Path) -> None
     assert not [one for one in of_session(nodes[0].pid) if one.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_one_that_is_interrupted_before_it_is_known_ends_too(tmp_path: Path) -> None:
+    starts = (
+        "import subprocess, types; from pathlib import Path; from cluster import session\n"
+        "def interrupted(*args, **kwargs): print(subprocess.Popen(*args, **kwargs).pid); raise KeyboardInterrupt\n"
+        "session.subprocess = types.SimpleNamespace(**vars(subprocess) | {'Popen': interrupted})\n"
+        f"try: session.start_head(Path({str(tmp_path / 'log')!r}))\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", starts], capture_output=True, text=True, timeout=120)
+    node, told = done.stdout.split()
+    assert told == "interrupted", done.stderr
+    assert not [one for one in of_session(int(node)) if one.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_a_process_that_has_left_does_not_come_back() -> None:
     """Serve's handles poll from a thread that nothing ends; by default whatever asks Ray after that connects again,
     or starts a cluster that nobody knows of."""
