@@ -172,7 +172,8 @@ def start_head(
     require_token()
     from ray._common.network_utils import find_free_port
 
-    ports = {name: find_free_port() for name in ("--port", "--ray-client-server-port", "--metrics-export-port")}
+    named = ("--port", "--ray-client-server-port", "--metrics-export-port", "--dashboard-agent-listen-port")
+    ports = {name: find_free_port() for name in named}  # of another node here that took Ray's own, jobs find no agent
     command = [ray_command(), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += ["--disable-usage-stats", *(f"{name}={port}" for name, port in ports.items())]
     command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", "--dashboard-host=127.0.0.1"]

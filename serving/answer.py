@@ -17,7 +17,7 @@ from serving import events, limits, place
 from serving.counts import Counts
 from serving.errors import ApiError
 from serving.handover import STALLED_S, Begun, Broken, Lending
-from serving.listener import CLIENT
+from serving.listener import CONNECTION
 from serving.quota import Quota
 from serving.samples import Sampler
 from serving.spec import ServingSpec
@@ -139,14 +139,15 @@ class Answer:
         name = fallback.model or fallback.endpoint_model or ""
         self._target = Target(name, f"{FALLBACK}:{name}", FALLBACK)
         other: AbstractAsyncContextManager[Reply]
-        self._has_place()
         try:
             if fallback.base_url:
+                self._has_place()
                 key = os.environ.get(fallback.api_key_env) if fallback.api_key_env else None
                 other = replies.from_endpoint(fallback.base_url, path, self._payload(name), key, self._left_s)
             else:
                 version = _production(name)
-                other = replies.from_version(name, version, path, self._payload(name), self._left_s)
+                payload = self._payload(name)
+                other = replies.from_version(name, version, path, payload, self._left_s, taken=self._has_place)
             return await stack.enter_async_context(other)
         except ApiError as error:
             raise self.failed(error) from None
@@ -202,11 +203,8 @@ class Answer:
             texts, usage = events.texts(answer), dict(answer.get("usage") or {})
         except (aiohttp.ClientError, ValueError, TypeError, AttributeError):  # or it has another shape
             raise self.failed(went_away()) from None
-        empty = events.is_empty(answer)
-        counts = self._answered(usage, empty, self._bad_json(texts))
+        counts = self._answered(usage, events.is_empty(answer), self._bad_json(texts))
         self._note(answer.get("id"), counts)
-        if counts.rejected:
-            return JSONResponse(_NO_TEXT.body, _NO_TEXT.status, headers=self._all_headers())
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
 
@@ -304,15 +302,16 @@ class Answer:
         return self._wants_json and not all(map(events.is_json, texts))
 
     def _answered(self, usage: dict[str, Any], empty: bool, bad_json: bool) -> Counts:
-        """What an answer counts for. One that is empty though held to a form is what was asked for: llguidance lets an
-        answer end at once whose grammar allows no text."""
-        unmet = empty and limits.holds_to_a_form(self._body)
+        """What an answer counts for. One that is held to a form and ends with its first token is what was asked for:
+        llguidance has an answer end whose grammar allows no text."""
+        took = _number(usage, "completion_tokens")
+        unmet = empty and took <= (self._body.get("n") or 1) and limits.holds_to_a_form(self._body)
         counts = Counts(
             requests=1,
             rejected=int(unmet),
             invalid=int((empty or bad_json) and not unmet),
             prompt_tokens=_number(usage, "prompt_tokens"),
-            completion_tokens=_number(usage, "completion_tokens"),
+            completion_tokens=took,
         )
         if not unmet:
             counts.latency.add(time.monotonic() - self._started)
@@ -338,8 +337,8 @@ class _Stream(StreamingResponse):
                 async with asyncio.timeout(STALLED_S):
                     await send(message)
             except TimeoutError:
-                if client := scope.get(CLIENT):
-                    client.abort()  # which tells ``receive``
+                if connection := scope.get(CONNECTION):
+                    connection.abort()  # which tells ``receive``
                 raise
 
         with suppress(TimeoutError):

@@ -159,8 +159,9 @@ class Conductor:
             await asyncio.sleep(_TICK_S)
             self._timetable.tick(time.monotonic(), self._counts)
 
-    def report(self, ingress: str, delta: Delta) -> Spent:
-        """Add what one replica of the ingress counted.
+    async def report(self, ingress: str, delta: Delta) -> Spent:
+        """Add what one replica of the ingress counted. Calls here are coroutines that wait for nothing, so one follows
+        the other; Serve would run plain functions in threads.
 
         Returns:
             What the keys spent at the other replicas since this one last reported.
@@ -174,7 +175,7 @@ class Conductor:
             self._answers.popitem(last=False)
         return elsewhere
 
-    def feedback(self, identity: str, score: float) -> bool:
+    async def feedback(self, identity: str, score: float) -> bool:
         """Count a score from 0 to 1 for whoever gave that answer, the first one alone: a later one would change what an
         earlier step was judged by. False where nobody is known to have given it."""
         if (known := self._answers.get(identity)) is None:
@@ -185,7 +186,7 @@ class Conductor:
             self._counts[who].merge(Counts(feedback=1, feedback_sum=score))
         return True
 
-    def variants(self) -> dict[str, Any]:
+    async def variants(self) -> dict[str, Any]:
         """What was counted, by ``VERSION VARIANT``, and since when."""
         return {
             "since": self._since,

@@ -136,7 +136,8 @@ async def until_silent(asked: Callable[[], Awaitable[Any]], within_s: float) -> 
         if silent:
             question.cancel()
             return
-        question.exception()  # is seen by whoever looks after its health
+        if not question.cancelled():
+            question.exception()  # is seen by whoever looks after its health
         await asyncio.sleep(min(_ASK_S, within_s))
 
 

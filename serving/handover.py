@@ -30,8 +30,8 @@ NO_LEASE = 418
 _LENGTH = struct.Struct("!I")
 _READ = 2**18
 _FLUSH_S = 0.002
-STALLED_S = 20.0
-"""A client that takes nothing for so long has left, whatever its connection says: a place waits for it."""
+STALLED_S = 60.0
+"""A client to which a few hundred bytes can't be written for so long has left, or reads as if: a place waits for it."""
 
 
 class Broken(Exception):

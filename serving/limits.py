@@ -183,7 +183,10 @@ def texts(body: dict[str, Any]) -> Iterator[str]:
 
 def holds_to_a_form(body: dict[str, Any]) -> bool:
     """Whether the answer is held to what a schema, a grammar or a tool allows."""
-    return any(body.get(name) for name in (*_SCHEMAS, "response_format", "structured_outputs"))
+    form = body.get("response_format")
+    typed = isinstance(form, dict) and form.get("type") in ("json_object", "json_schema", "structural_tag")
+    forced = body.get("tool_choice") not in (None, "none", "auto")
+    return typed or forced or bool(body.get("structured_outputs"))
 
 
 def _schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -20,11 +20,15 @@ from serving.errors import ApiError
 
 CLIENT = "winnow.client"
 """Where a request's scope has the transport of its connection, if that can be lent (``handover``)."""
+CONNECTION = "winnow.connection"
+"""The same of every request, to be ended."""
 _BACKLOG = 2048
 _LAST_ANSWERS_S, _LAST_REQUESTS_S = 1.0, 1.0
 """How long, at the end, clients are told with their answers to connect elsewhere; and then, with no new connection,
 how long what was connected last has to send its request."""
 
+_KEPT_S = 60
+"""How long a connection is kept on which nothing is asked."""
 _HEAD_S, _MOST_OF_A_HEAD = 30.0, 65_536
 """How long a request's first line and headers may take, and their bytes; and how long what is left of a request
 that was refused."""
@@ -38,7 +42,8 @@ class _Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head: int | None = None
         self._until: asyncio.TimerHandle | None = None
-        self._within = self._over = False
+        self._begun = self._within = self._over = False
+        self._beside = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -56,8 +61,11 @@ class _Connection(HttpToolsProtocol):
         if self._head is None and not self._answering and not self._within:
             self._begin_head()
         head = self._until
+        self._beside += len(data) if self._within else 0
         super().data_received(data)
-        if self._head is not None and self._until is head:  # and not of the next request, which began with its end
+        if self._beside > _MOST_OF_A_HEAD:
+            self.transport.abort()
+        elif self._head is not None and self._until is head:  # and not of the next request, which began with its end
             self._head += len(data)
             if self._head > _MOST_OF_A_HEAD:
                 told = f"the request's head must be at most {_MOST_OF_A_HEAD} bytes, but is longer"
@@ -68,7 +76,12 @@ class _Connection(HttpToolsProtocol):
             self._over, self.cycle.keep_alive = True, False
         elif self._head is None:
             self._begin_head()
+        self._begun = True
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._within:  # after a body in chunks there may be more of them, which nobody here wants
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if not self._over:
@@ -77,14 +90,19 @@ class _Connection(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._beside = 0
         if not self._over:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self._over:
-            self._within = False
+            self._within, self._beside = False, 0
             self._end_head()
             super().on_message_complete()
+            if self.cycle.response_complete:  # and nothing else waits for what comes next
+                self._unset_keepalive_if_required()
+                end = self.timeout_keep_alive_handler
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, end)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -99,13 +117,13 @@ class _Connection(HttpToolsProtocol):
         self._head, self._until = 0, self.loop.call_later(_HEAD_S, self._too_slow)
 
     def _end_head(self) -> None:
-        self._head = None
+        self._head, self._begun = None, False
         if self._until is not None:
             self._until.cancel()
             self._until = None
 
     def _too_slow(self) -> None:
-        if self._head == 0:
+        if not self._begun:
             self.transport.abort()  # nothing came at all
             return
         told = f"the request's head must be here within {_HEAD_S:g} s, but is not"
@@ -156,7 +174,7 @@ class Listener:
                 lifespan="off",
                 access_log=False,
                 log_config=None,
-                timeout_keep_alive=60,
+                timeout_keep_alive=_KEPT_S,
                 backlog=_BACKLOG,
             )
         )
@@ -202,8 +220,9 @@ class Listener:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
                 await send(message)
 
+            scope[CONNECTION] = send.__self__.transport  # uvicorn's own; nothing public leads there
             if scope.get("http_version") == "1.1":  # before that, an answer has no chunks
-                scope[CLIENT] = send.__self__.transport  # uvicorn's own; nothing public leads there
+                scope[CLIENT] = scope[CONNECTION]
             await application(scope, receive, last if self._closing else send)
 
         return telling

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,7 +47,7 @@ class Deployed:
         versions: that have a deployment, the one first that was deployed last.
         settings: keys of the serving section, in the place of what each version was registered with.
         host, port: where its ingress listens.
-        code: of the engines' replicas (``code``), as ``remember`` was last called with it.
+        code: of the engines' replicas (``code``), as they were last brought up.
     """
 
     host: str = HOST
@@ -188,7 +188,6 @@ def code() -> str:
 
 
 def remember(model: str, now: Deployed) -> None:
-    now = replace(now, code=code())
     with files.locked(paths.cluster_writing_file()):
         apps = {name: asdict(app) for name, app in (deployed() | {model: now}).items()}
         files.write_json(paths.serving_state_file(), _read() | {"apps": apps})

@@ -71,7 +71,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         if set(both) - set(wanted):
             time.sleep(_SETTLE_S)
             _apply(model, now, wanted, wanted, room, log)
-    place.remember(model, replace(now, versions=wanted))
+    place.remember(model, replace(now, versions=wanted, code=place.code()))
 
 
 def _answered(model: str, versions: Sequence[str], log: Log) -> None:

@@ -135,16 +135,16 @@ def test_counts_of_several_replicas_come_together_and_feedback_finds_its_variant
         one.add("v1", "production", "answer-1", Counts(requests=1))
         other.add("v1", "production", "answer-2", Counts(requests=1))
         other.add("v2", "canary", "answer-3", Counts(requests=1))
-        conductor.report("a", one)
-        conductor.report("b", other)
-        assert conductor.feedback("answer-3", 0.25)
-        assert not conductor.feedback("answer-4", 1.0)
-        found = conductor.variants()["variants"]
+        await conductor.report("a", one)
+        await conductor.report("b", other)
+        assert await conductor.feedback("answer-3", 0.25)
+        assert not await conductor.feedback("answer-4", 1.0)
+        found = (await conductor.variants())["variants"]
         assert {who: counts["requests"] for who, counts in found.items()} == {"v1 production": 2, "v2 canary": 1}
         assert found["v2 canary"]["feedback_mean"] == 0.25
-        conductor.report("b", other)
-        assert conductor.feedback("answer-3", 1.0)
-        scored = conductor.variants()["variants"]["v2 canary"]
+        await conductor.report("b", other)
+        assert await conductor.feedback("answer-3", 1.0)
+        scored = (await conductor.variants())["variants"]["v2 canary"]
         assert (scored["feedback"], scored["feedback_mean"]) == (1, 0.25), "an answer is scored once"
         conductor._clock.cancel()
 
@@ -155,13 +155,13 @@ def test_each_replica_learns_what_the_others_let_a_key_spend(versions) -> None:
     async def scenario() -> None:
         conductor = await _conductor()
         for name in ("a", "b"):
-            assert conductor.report(name, Delta()) == {}
-        conductor.report("a", Delta(spent={"ada": (2, 30)}))
-        conductor.report("a", Delta(spent={"ada": (1, 5)}))
-        assert conductor.report("b", Delta(spent={"ada": (7, 0)})) == {"ada": (3, 35)}
-        assert conductor.report("b", Delta()) == {}
-        assert conductor.report("a", Delta()) == {"ada": (7, 0)}
-        assert conductor.report("c", Delta()) == {"ada": (10, 35)}, "a replica that comes later"
+            assert await conductor.report(name, Delta()) == {}
+        await conductor.report("a", Delta(spent={"ada": (2, 30)}))
+        await conductor.report("a", Delta(spent={"ada": (1, 5)}))
+        assert await conductor.report("b", Delta(spent={"ada": (7, 0)})) == {"ada": (3, 35)}
+        assert await conductor.report("b", Delta()) == {}
+        assert await conductor.report("a", Delta()) == {"ada": (7, 0)}
+        assert await conductor.report("c", Delta()) == {"ada": (10, 35)}, "a replica that comes later"
         conductor._clock.cancel()
 
     asyncio.run(scenario())

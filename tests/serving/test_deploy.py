@@ -218,15 +218,14 @@ def test_without_room_a_version_leaves_the_traffic_before_it_goes(
     warming.bring("tickets", now, wanted, lambda _: None)
     assert steps == [({"old": 1}, *first), ({"new": 2}, wanted, wanted), "runs"]
     assert place.deployed()["tickets"].versions == tuple(wanted)
+    assert place.deployed()["tickets"].code == place.code()
 
 
-def test_new_code_of_ours_starts_replicas_anew(version, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "code", lambda: "of the last release")
-        place.remember("tickets", place.Deployed(versions=(version.version,)))
+def test_new_code_of_ours_starts_replicas_anew(version) -> None:
+    place.remember("tickets", place.Deployed(versions=(version.version,), code="of the last release"))
     now = place.deployed()["tickets"]
     assert warming._changed("tickets", now, now.versions) == [version.version]
-    place.remember("tickets", now)
+    place.remember("tickets", replace(now, code=place.code()))
     assert warming._changed("tickets", now, now.versions) == []
     assert warming._changed("tickets", replace(now, settings={"cpus_per_replica": 2}), now.versions) == [
         version.version

@@ -213,6 +213,33 @@ def test_what_is_refused_before_its_end_is_read_for_a_while_and_the_next_request
     assert on_a_connection(monkeypatch, play) == ["/9", "/0", "/9", "/0", "/9"]
 
 
+def test_what_follows_a_body_in_chunks_is_not_kept(monkeypatch) -> None:
+    async def play(reader, writer, seen) -> None:
+        writer.write(b"POST /9 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        assert b" 413 " in await reader.readuntil(b"no")
+        writer.write(b"0\r\n")
+        with suppress(ConnectionError):
+            for number in range(400):
+                writer.write(b"X-%d: %b\r\n" % (number, b"x" * 1000))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+            raise AssertionError("400 KB of trailers were taken")
+
+    assert on_a_connection(monkeypatch, play) == ["/9"]
+
+
+def test_a_connection_whose_request_was_refused_before_its_end_is_not_kept_for_ever(monkeypatch) -> None:
+    monkeypatch.setattr(listener, "_KEPT_S", 1)
+
+    async def play(reader, writer, seen) -> None:
+        writer.write(REQUEST % (9, 5) + b"x")
+        assert b" 413 " in await reader.readuntil(b"no")
+        writer.write(b"xxxx")
+        assert await reader.read() == b"", "it ends"
+
+    assert on_a_connection(monkeypatch, play) == ["/9"]
+
+
 def test_there_are_only_so_many_connections(monkeypatch) -> None:
     monkeypatch.setattr(listener, "_most_connections", lambda: 0)
 
