@@ -137,6 +137,7 @@ def main() -> int:
         os.nice(19)
         soak = Soak(psutil.Process(root))
         _settle(soak)
+        soak.sample()  # whatever comes from now on, came with the load
         asyncio.run(_traffic(soak, url, model, arguments))
         _settle(soak)
         soak.sample()

@@ -348,7 +348,7 @@ def test_other_origins_and_other_paths_are_closed(quickstart) -> None:
 def test_no_request_that_the_openapi_document_allows_or_forbids_breaks_the_server(quickstart) -> None:
     root = quickstart["url"].removesuffix("/v1")
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{root}/openapi.json", "--seed", "1"]
-    unhurried = ["--workers", "4", "--request-timeout", "120", "--suppress-health-check", "too_slow"]
+    unhurried = ["--request-timeout", "120", "--suppress-health-check", "too_slow"]
     done = subprocess.run(
         [*command, "--checks", "not_a_server_error", "--max-examples", "10", "--no-color", *unhurried],
         capture_output=True,
