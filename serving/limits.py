@@ -164,8 +164,8 @@ def _check_stop(stop: Any, limits: LimitsSpec) -> None:
 
 
 def most_tokens(body: dict[str, Any], path: str, limits: LimitsSpec) -> int:
-    """What its answers may take, and about what its prompts do. Of another route's fields none counts, which vLLM does
-    not read either."""
+    """What its answers may take, and about what its prompts do. Of the fields that say how long an answer may be, only
+    the route's own count: vLLM reads no others."""
     asked, prompts = [body.get("max_tokens"), _OF_COMPLETIONS], 1
     if path == CHAT:
         asked = [body.get("max_completion_tokens"), body.get("max_tokens"), limits.max_tokens]

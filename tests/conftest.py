@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -19,6 +20,16 @@ os.environ.pop("RAY_ADDRESS", None)
 
 def script(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / name, *arguments], check=True, capture_output=True, text=True)
+
+
+async def until(true: Callable[[], Any], within_s: float = 10) -> None:
+    """
+    Raises:
+        TimeoutError: it does not come true.
+    """
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
+from conftest import until
 from starlette.responses import JSONResponse, StreamingResponse
 
 from serving import handover, listener
@@ -122,13 +122,6 @@ def scenario(request, monkeypatch: pytest.MonkeyPatch) -> Callable[[Play], None]
             runner.run(run(play))
 
     return start
-
-
-async def until(true: Callable[[], Any], within_s: float = 10) -> None:
-    """Whatever comes of it is asserted by whoever waits."""
-    deadline = time.monotonic() + within_s
-    while not true() and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
 
 
 async def ask(session: aiohttp.ClientSession, **asked: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from conftest import until
 
 from serving import leases, listener, upstream
 from serving.leases import HEADER, NO_LEASE, Leases
@@ -71,12 +72,6 @@ def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Re
             await replica.close()
 
     asyncio.run(run())
-
-
-async def until(true: Callable[[], bool], within_s: float = 10) -> None:
-    async with asyncio.timeout(within_s):
-        while not true():
-            await asyncio.sleep(0.01)
 
 
 async def ask(replies: Replies, seconds: float = 0.0, wait_s: float = 5) -> bytes:
