@@ -19,7 +19,9 @@ from typing import Any
 
 from cluster import files, paths
 
-PRODUCTION, PREVIOUS, CANARY = "production", "previous", "canary"
+PRODUCTION, SERVED, PREVIOUS, CANARY = "production", "served", "previous", "canary"
+"""A sweep makes what it has accepted production; the traffic goes to what was deployed or promoted last, which is
+served, and before that the previous one was."""
 _RECORD = "record.json"
 
 
@@ -111,21 +113,41 @@ def aliases(model: str) -> dict[str, str]:
 
 
 def set_alias(model: str, alias: str, version: str, reason: str) -> None:
-    """Point ``alias`` to ``version`` and write down who did it and why; production's old version becomes previous."""
+    """Point ``alias`` to ``version`` and write down who did it and why. No traffic moves; of a model that was never
+    served, production's old version becomes previous."""
     with _writing(model):
-        _point(model, alias, version, reason)
+        now = aliases(model)
+        before = now.get(alias)
+        if alias == PRODUCTION and SERVED not in now and before and before != version:
+            now[PREVIOUS] = before
+        _write_aliases(model, now | {alias: version})
+        _note(model, alias, version, before, reason)
+
+
+def deployed(model: str, version: str, unless: str | None) -> None:
+    """The traffic goes to ``version`` now, if what is served is not meanwhile another one than it was (``unless``)."""
+    with _writing(model):
+        now = aliases(model)
+        before = now.get(SERVED)
+        if before != unless or before == version:
+            return
+        previous = before or now.pop(PREVIOUS, None)
+        kept = {PREVIOUS: previous} if previous and previous != version else {}
+        _write_aliases(model, now | kept | {SERVED: version})
+        _note(model, SERVED, version, before, "deploy")
 
 
 def settle(model: str, version: str, reason: str) -> None:
-    """Have production name what serves, where a sweep or a deployment has moved one of the two. What was production
-    before that is unknown then: nobody can tell which versions served."""
+    """Have production name what serves, where a sweep or a deployment has moved one of the two. Where nothing tells
+    that it was served, what was before it is unknown."""
     with _writing(model):
         now = aliases(model)
-        if (before := now.get(PRODUCTION)) == version:
-            return
-        now.pop(PREVIOUS, None)
-        _write_aliases(model, now | {PRODUCTION: version})
-        _note(model, PRODUCTION, version, before, reason)
+        before = now.get(PRODUCTION)
+        if now.get(SERVED, before) != version:
+            now.pop(PREVIOUS, None)
+        _write_aliases(model, now | {PRODUCTION: version, SERVED: version})
+        if before != version:
+            _note(model, PRODUCTION, version, before, reason)
 
 
 def end_canary(model: str, reason: str) -> None:
@@ -136,7 +158,7 @@ def end_canary(model: str, reason: str) -> None:
 
 
 def promote(model: str, version: str, reason: str, judged: dict[str, Any] | None = None) -> None:
-    """Make ``version`` production. A canary ends with it: it was held against what production was.
+    """Make ``version`` production, and have it served. A canary ends with it: it was held against what production was.
 
     Args:
         judged: of a canary: nothing is done where it is not the present one any more.
@@ -144,19 +166,19 @@ def promote(model: str, version: str, reason: str, judged: dict[str, Any] | None
     with _writing(model):
         if judged and canary(model) != judged:
             return
-        _point(model, PRODUCTION, version, reason)
+        _serve(model, version, reason)
         if CANARY in aliases(model):
             _drop_canary(model, reason)
 
 
 def roll_back(model: str, reason: str, judged: dict[str, Any] | None = None) -> str:
-    """End the canary, or where there is none, put production back to its previous version.
+    """End the canary, or where there is none, serve the previous version again, as production.
 
     Args:
         judged: as of ``promote``.
 
     Returns:
-        The version that production is now.
+        The version that is served now.
 
     Raises:
         ValueError: there is neither a canary nor a previous version.
@@ -168,10 +190,11 @@ def roll_back(model: str, reason: str, judged: dict[str, Any] | None = None) -> 
         elif CANARY in now:
             _drop_canary(model, reason)
         elif PREVIOUS in now:
-            _point(model, PRODUCTION, now[PREVIOUS], reason)
+            _serve(model, now[PREVIOUS], reason)
         else:
             raise ValueError(f"model {model!r} has no canary and no previous version to go back to")
-        return aliases(model)[PRODUCTION]
+        now = aliases(model)
+        return now.get(SERVED) or now[PRODUCTION]
 
 
 def set_canary(
@@ -227,13 +250,13 @@ def _writing(model: str) -> Iterator[None]:
         yield
 
 
-def _point(model: str, alias: str, version: str, reason: str) -> None:
+def _serve(model: str, version: str, reason: str) -> None:
     now = aliases(model)
-    before = now.get(alias)
-    if alias == PRODUCTION and before and before != version:
+    before = now.get(SERVED, now.get(PRODUCTION))
+    if before and before != version:
         now[PREVIOUS] = before
-    _write_aliases(model, now | {alias: version})
-    _note(model, alias, version, before, reason)
+    _write_aliases(model, now | {PRODUCTION: version, SERVED: version})
+    _note(model, PRODUCTION, version, before, reason)
 
 
 def _drop_canary(model: str, reason: str) -> None:

@@ -55,7 +55,9 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         place.start_serve()
         registry.end_canary(version.model, "deploy")  # before: it might become production meanwhile
+        served = registry.aliases(version.model).get(registry.SERVED)
         bring(version.model, now, (version.version,), log)
+        registry.deployed(version.model, version.version, unless=served)
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
     return {"model": version.model, "version": version.version, "url": now.url}
 

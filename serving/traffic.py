@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from serving.registry import CANARY, PREVIOUS, PRODUCTION
+from serving.registry import CANARY, PREVIOUS, PRODUCTION, SERVED
 
 DIRECT = "direct"
 """The variant of a request that named its version itself."""
@@ -22,8 +22,7 @@ class Routes:
 
     Args:
         warm: versions that are deployed; no other one is ever chosen.
-        default: of them, the one that was deployed last: it answers where no alias points to a warm one, as after a
-            sweep that registered a new production which nobody has deployed yet.
+        default: of them, the one that answers where no alias points to a warm one.
         weight: percent of requests for the canary, 0 to 100.
     """
 
@@ -34,7 +33,8 @@ class Routes:
 
     @property
     def production(self) -> str:
-        wanted = (self.aliases.get(alias) for alias in (PRODUCTION, PREVIOUS))
+        """What is served, and not what a sweep has made production since: nobody has deployed that yet."""
+        wanted = (self.aliases.get(alias) for alias in (SERVED, PRODUCTION, PREVIOUS))
         return next((version for version in wanted if version and version in self.warm), self.default)
 
     @property
@@ -54,7 +54,7 @@ class Routes:
             NoSuchVersion: ``wanted`` is not deployed.
         """
         if wanted:
-            version = self.aliases.get(wanted, wanted)
+            version = self.production if wanted == PRODUCTION else self.aliases.get(wanted, wanted)
             if version not in self.warm:
                 raise NoSuchVersion(wanted)
             return version, DIRECT

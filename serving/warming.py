@@ -48,7 +48,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         log(f"deploy: no room for {', '.join(new)} beside what runs; waiting for replicas to end, or nodes to come")
     elif have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
-    production = registry.aliases(model).get(registry.PRODUCTION)
+    served = registry.aliases(model).get(registry.SERVED)
     with _undone(model, now, room, log) as before:
         beside = have and new and (room or all_stay)
         if beside:
@@ -56,8 +56,8 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
             _answered(model, new, log)
         if before:  # from now on nobody may count on what is to leave
             place.remember(model, replace(now, versions=wanted))
-            moved = registry.aliases(model).get(registry.PRODUCTION)
-            if moved != production and moved in have:  # another command has, meanwhile
+            moved = registry.aliases(model).get(registry.SERVED)
+            if moved != served and moved in have:  # another command has, meanwhile
                 wanted = tuple(dict.fromkeys([*wanted, moved]))
                 place.remember(model, replace(now, versions=wanted))
         staying = [version for version in have if version in wanted]

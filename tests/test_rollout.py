@@ -128,7 +128,7 @@ def test_a_canary_comes_up_beside_production_and_takes_its_share(quickstart, ver
         registry.set_alias("tickets", "production", versions[1], "a sweep")
         with load(client, 2, pause_s=0.2) as seen:
             made = serving(quickstart, "canary", "tickets", versions[1], "--weight", "40")
-        assert registry.aliases("tickets") == {"production": versions[0], "canary": versions[1]}
+        assert registry.aliases("tickets") == {"production": versions[0], "served": versions[0], "canary": versions[1]}
     assert seen["errors"] == []
     assert {version for at, version in seen["versions"] if at < seen["versions"][-1][0] - 5} == {versions[0]}
     assert (made["version"], made["weight"], made["automatic"]) == (versions[1], 40, False)
@@ -149,7 +149,7 @@ def test_what_each_variant_did_is_counted(quickstart, versions, client) -> None:
     time.sleep(1.5)  # ingress replicas report every second
     app = serving(quickstart, "status")["applications"]["tickets"]
     assert app["canary"]["weight"] == 40
-    assert app["aliases"] == {"production": versions[0], "canary": versions[1]}
+    assert app["aliases"] == {"production": versions[0], "served": versions[0], "canary": versions[1]}
     counted = app["variants"]
     assert counted[f"{versions[1]} canary"]["requests"] >= 20
     assert counted[f"{versions[1]} canary"]["errors"] == 0
@@ -191,7 +191,11 @@ def test_promote_and_rollback_take_effect_within_a_second_and_lose_nothing(quick
     assert seen["errors"] == []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINNOW_HOME", str(quickstart["home"]))
-        assert registry.aliases("tickets") == {"production": versions[0], "previous": versions[1]}
+        assert registry.aliases("tickets") == {
+            "production": versions[0],
+            "served": versions[0],
+            "previous": versions[1],
+        }
 
 
 def test_bad_feedback_rolls_an_automatic_canary_back(quickstart, versions, client) -> None:

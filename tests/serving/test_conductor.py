@@ -52,7 +52,7 @@ def test_a_good_canary_goes_through_its_steps_and_becomes_production(versions) -
     assert registry.canary("tickets")["weight"] == 50, "what the step before counted does not count for this one"
     count(total, versions)
     timetable.tick(201, total)
-    assert registry.aliases("tickets") == {"production": versions[1], "previous": versions[0]}
+    assert registry.aliases("tickets") == {"production": versions[1], "served": versions[1], "previous": versions[0]}
     assert reasons() == ["hold", "hold", "advance", "hold", "advance", "advance"]
     assert timetable.tick(300, total) is None
 
@@ -119,7 +119,7 @@ def test_a_last_step_of_100_is_the_promotion(versions) -> None:
     timetable.tick(0, total)
     count(total, versions)
     timetable.tick(60, total)
-    assert registry.aliases("tickets") == {"production": versions[1], "previous": versions[0]}
+    assert registry.aliases("tickets") == {"production": versions[1], "served": versions[1], "previous": versions[0]}
 
 
 async def _conductor() -> Conductor:

@@ -9,6 +9,7 @@ import pytest
 
 from serving import registry
 from serving.__main__ import main
+from serving.traffic import Routes
 
 
 def put(home: Path, weights: str, model: str = "tickets") -> registry.ModelVersion:
@@ -48,11 +49,36 @@ def test_production_is_settled_on_what_serves(home: Path) -> None:
     registry.set_alias("tickets", "production", first.version, "run a")
     registry.set_alias("tickets", "production", second.version, "run b")  # and nobody deployed it
     registry.settle("tickets", first.version, "it is what serves")
-    assert registry.aliases("tickets") == {"production": first.version}, "the second one never was production"
+    settled = {"production": first.version, "served": first.version}
+    assert registry.aliases("tickets") == settled, "the second one never was production"
     registry.settle("tickets", first.version, "again")
     assert [entry["reason"] for entry in registry.history("tickets")] == ["run a", "run b", "it is what serves"]
     registry.promote("tickets", second.version, "promote")
-    assert registry.aliases("tickets") == {"production": second.version, "previous": first.version}
+    promoted = {"production": second.version, "served": second.version, "previous": first.version}
+    assert registry.aliases("tickets") == promoted
+
+
+def test_sweeps_move_neither_the_traffic_nor_what_it_goes_back_to(home: Path) -> None:
+    """However many of them are accepted; and one that is accepted again may be warm already."""
+    first, second, *later = (put(home, name).version for name in ("one", "two", "three", "four"))
+    registry.set_alias("tickets", "production", first, "run a")
+    registry.deployed("tickets", first, unless=None)
+    registry.set_canary("tickets", second, 10, "canary")
+    registry.promote("tickets", second, "promote")
+    for accepted in (*later, first):
+        registry.set_alias("tickets", "production", accepted, "a sweep")
+        now = registry.aliases("tickets")
+        assert (now["production"], now["served"], now["previous"]) == (accepted, second, first)
+        routes = Routes((first, second), first, now)
+        assert routes.choose("", "ada") == (second, "production")
+        assert routes.choose("production", "ada") == (second, "direct")
+    assert registry.roll_back("tickets", "worse") == first
+    registry.deployed("tickets", later[0], unless=first)
+    assert registry.aliases("tickets") == {"production": first, "served": later[0], "previous": first}
+    registry.deployed("tickets", first, unless=second)
+    assert registry.aliases("tickets")["served"] == later[0], "somebody else was faster"
+    deployed = [entry for entry in registry.history("tickets") if entry["alias"] == "served"]
+    assert [(entry["before"], entry["version"]) for entry in deployed] == [(None, first), (first, later[0])]
 
 
 def test_a_reference_names_production_a_version_or_an_alias(home: Path) -> None:
@@ -99,10 +125,10 @@ def test_promoting_a_canary_ends_it_and_rolling_back_returns(home: Path) -> None
     registry.set_canary("tickets", second, 10, "canary")
     assert registry.canary("tickets")["weight"] == 10
     registry.promote("tickets", second, "promote")
-    assert registry.aliases("tickets") == {"production": second, "previous": first}
+    assert registry.aliases("tickets") == {"production": second, "served": second, "previous": first}
     assert registry.canary("tickets") is None
     assert registry.roll_back("tickets", "worse") == first
-    assert registry.aliases("tickets") == {"production": first, "previous": second}
+    assert registry.aliases("tickets") == {"production": first, "served": first, "previous": second}
     moved = [(entry["alias"], entry["before"], entry["version"]) for entry in registry.history("tickets")]
     assert moved == [
         ("production", None, first),

@@ -50,6 +50,7 @@ def test_only_what_is_warm_is_chosen() -> None:
         "v3 was registered, not deployed"
     )
     assert Routes(("v2",), "v2", newer).choose("", "ada") == ("v2", "production")
+    assert Routes(("v1", "v3"), "v1", newer | {"served": "v1"}).choose("", "ada") == ("v1", "production"), "and warm"
 
 
 def test_a_version_or_an_alias_can_be_named() -> None:
