@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, winnow
 
-from cluster import session
+from cluster import files, session
 
 
 @pytest.fixture
@@ -48,24 +48,39 @@ def in_working_dir(definition) -> Iterator:
         path.unlink()
 
 
-def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_working_dir) -> None:
+def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_working_dir, all_formats) -> None:
+    """And both backends one by several objectives, over data of every format."""
     rejected = in_working_dir(
         "rejected",
+        data={"sources": all_formats},
         gate={"min_score": 1.0},
-        search={"num_samples": 1},
+        search={"num_samples": 1, "objectives": ["json_validity", "trained_tokens"], "objective_prompts": 10},
+        training={"backend": "solo"},
         tracking={"enabled": False},
         evaluation={"few_shot": 0},
     )
-    small = in_working_dir("small", search={"num_samples": 2}, tracking={"enabled": False})
+    small = in_working_dir(
+        "small",
+        data={"sources": all_formats},
+        search={"num_samples": 2, "objectives": ["field_accuracy", "answer_tokens"], "objective_prompts": 10},
+        tracking={"enabled": False},
+    )
     with ThreadPoolExecutor() as pool:  # two jobs on one cluster at once, as jobs are
         ours = pool.submit(winnow, "sweeps", "submit", rejected, "--address", dashboard, "--json")
         job, done = _by_ray(dashboard, small), ours.result()
     assert done.returncode == 3, f"the run's own exit status; {done.stderr}"
-    assert json.loads(done.stdout.splitlines()[-1])["status"] == "rejected"
-    assert "winner: t0000" in done.stderr, "the log is streamed"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["status"], result["gate"]["verdict"], result["model"]) == ("rejected", "REJECT", None)
+    (trial,) = result["trials"]
+    assert trial["objectives"] == {"json_validity": 0.0, "trained_tokens": trial["trained_tokens"]}
+    assert "by json_validity, trained_tokens; no trial is stopped early" in done.stderr, "the log is streamed"
     assert job.returncode == 0, job.stdout + job.stderr
-    runs = [json.loads(path.read_text()) for path in home.glob("runs/*/result.json")]
-    assert sorted(run["status"] for run in runs) == ["accepted", "rejected"]
+    (accepted,) = (run for run in map(files.read_json, home.glob("runs/*/result.json")) if run["status"] == "accepted")
+    for trial in accepted["trials"]:
+        assert set(trial["objectives"]) == {"field_accuracy", "answer_tokens"}
+        assert 0 < trial["objectives"]["answer_tokens"] <= 8, "max_new_tokens"
+    registered = [path.parent.name for path in home.glob("registry/*/*/record.json")]
+    assert registered == [accepted["model"]["version"]], "what is rejected is not there"
     token = session.AUTH_TOKEN.expanduser()
     assert token.stat().st_mode & 0o077 == 0
 

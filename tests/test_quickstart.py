@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,32 +137,22 @@ def test_serve_run_builds_the_application_with_limits_and_grace_on_server_and_in
     assert min(grace) > LimitsSpec().body_timeout_s + LimitsSpec().timeout_s, "the longest answer is not cut"
 
 
-def test_forgetting_is_refused_and_general_data_is_its_cure(quickstart, result, tmp_path: Path) -> None:
-    """One definition, overtrained on purpose on a few tickets, with and without general examples among them."""
-    rows = tmp_path / "rows"
+def test_forgetting_is_refused(quickstart, result, tmp_path: Path) -> None:
+    """Overtrained on purpose on a few tickets, without the general examples that keep the quickstart's own winner."""
+    own = {check["name"]: check["passed"] for check in result["gate"]["checks"]}
+    assert own["general_loss"]
+    rows, home = tmp_path / "rows", tmp_path / "home"
     script("make_ticket_data.py", "--out", str(rows), "--rows", "400")
-    tickets = {"path": str(rows / "tickets.jsonl")}
-    general = {"path": str(rows / "general-train.jsonl"), "splits": "train_eval", "tag": "general"}
-    with ThreadPoolExecutor() as pool:
-        running = {
-            name: pool.submit(_overtrained, quickstart["home"] / "bases", tmp_path / name, rows, sources)
-            for name, sources in {"alone": [tickets], "mixed": [tickets, general]}.items()
-        }
-        done = {name: future.result() for name, future in running.items()}
-    assert (done["alone"].returncode, done["mixed"].returncode) == (3, 0), done["mixed"].stderr
-    checks = {name: json.loads(one.stdout.splitlines()[-1])["gate"]["checks"] for name, one in done.items()}
-    failed = {check["name"]: check["value"] for check in checks["alone"] if not check["passed"]}
-    assert list(failed) == ["general_loss"], "it has learned its tickets all the same"
-    assert failed["general_loss"] > 0.2
-
-
-def _overtrained(bases: Path, home: Path, rows: Path, sources: list[dict[str, Any]]) -> Any:
     home.mkdir()
-    (home / "bases").symlink_to(bases)
+    (home / "bases").symlink_to(quickstart["home"] / "bases")
     content = {
         "name": "forgetting",
         "base_model": {"model_name_or_path": "${WINNOW_HOME}/bases/tiny"},
-        "data": {"sources": sources, "general": str(rows / "general-test.jsonl"), "max_length": 256},
+        "data": {
+            "sources": [{"path": str(rows / "tickets.jsonl")}],
+            "general": str(rows / "general-test.jsonl"),
+            "max_length": 256,
+        },
         "search": {"num_samples": 1, "space": {"learning_rate": {"choices": [1e-3]}}},
         "training": {"r": 32, "num_train_epochs": 4, "evals_per_epoch": 1},
         "evaluation": {"max_new_tokens": 96, "batch_size": 64, "few_shot": 0},
@@ -171,4 +160,9 @@ def _overtrained(bases: Path, home: Path, rows: Path, sources: list[dict[str, An
         "tracking": {"enabled": False},
     }
     (home / "sweep.yaml").write_text(json.dumps(content))
-    return winnow("sweeps", "run", home / "sweep.yaml", "--json", env=os.environ | {"WINNOW_HOME": str(home)})
+    done = winnow("sweeps", "run", home / "sweep.yaml", "--json", env=os.environ | {"WINNOW_HOME": str(home)})
+    assert done.returncode == 3, done.stderr
+    checks = json.loads(done.stdout.splitlines()[-1])["gate"]["checks"]
+    failed = {check["name"]: check["value"] for check in checks if not check["passed"]}
+    assert list(failed) == ["general_loss"], "it has learned its tickets all the same"
+    assert failed["general_loss"] > 0.2

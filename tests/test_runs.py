@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fake_hub
 import fake_judge
 import optuna
 import psutil
@@ -43,9 +44,13 @@ KEY = "sk-a-secret-of-this-test"
 
 @dataclass(frozen=True)
 class Finished:
-    """One sweep with everything that can prove its winner: suites, a judge, lm-evaluation-harness."""
+    """One sweep over a base from a hub with everything that can prove its winner: suites, a judge,
+    lm-evaluation-harness.
+    """
 
     home: Path
+    hub: dict[str, str]
+    handed: list[str]
     done: subprocess.CompletedProcess[str]
     content: dict[str, Any]
     scratch: Path
@@ -59,7 +64,7 @@ class Finished:
         return self.home / "runs" / self.result["run_id"]
 
     def command(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return winnow("sweeps", *arguments, env=os.environ | {"WINNOW_HOME": str(self.home)} | environment)
+        return winnow("sweeps", *arguments, env=os.environ | {"WINNOW_HOME": str(self.home)} | self.hub | environment)
 
     def write(self, **sections: Any) -> Path:
         """The definition with changes to its sections."""
@@ -73,18 +78,20 @@ class Finished:
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory, definition) -> Iterator[Finished]:
     scratch = tmp_path_factory.mktemp("finished")
     home = home_of(world, scratch / "home")
-    with fake_judge.serve() as judge:
+    with fake_judge.serve() as judge, fake_hub.serve("org/tiny", home / "bases" / "tiny") as (address, handed):
         judge_section = {"model": "m", "base_url": f"{judge.url}/v1", "max_examples": 6}
         content = definition(evaluation={"suites": _suites(home, scratch), "judge": judge_section})
         content["gate"] |= {"min_judge_score": 1.0, "max_safety_loss": 1.0}
         content["gate"]["suites"] = {"hard": {"metric": "json_validity"}, "lm": {"metric": "choose.acc"}}
         content["resources"] = {"usd_per_device_hour": 2.0}
+        content["base_model"] = {"model_name_or_path": "org/tiny", "revision": fake_hub.COMMIT}
         path = scratch / "sweep.yaml"
         path.write_text(json.dumps(content))
-        environment = os.environ | {"WINNOW_HOME": str(home), "OPENAI_API_KEY": KEY}
+        hub = {"HF_ENDPOINT": address, "HF_HOME": str(scratch / "hub")}
+        environment = os.environ | {"WINNOW_HOME": str(home), "OPENAI_API_KEY": KEY} | hub
         done = winnow("sweeps", "run", path, "--json", env=environment)
         assert done.returncode == 0, done.stderr
-        yield Finished(home, done, content, scratch)
+        yield Finished(home, hub, handed, done, content, scratch)
 
 
 def _suites(home: Path, scratch: Path) -> dict[str, Any]:
@@ -120,6 +127,17 @@ def test_a_sweep_ends_with_a_registered_model(finished: Finished) -> None:
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 4, "three trials and the summary"
     assert "Traceback" not in done.stderr
     assert re.search(r"packing: \d+ device-seconds of training, \d+ one trial at a time", done.stderr)
+
+
+def test_its_base_came_from_the_hub_once_at_one_revision(finished: Finished) -> None:
+    assert finished.handed.count("model.safetensors") == 1, "loaded once, then from the cache"
+    record = json.loads((Path(finished.result["model"]["path"]) / "record.json").read_text())
+    assert record["base_model"]["revision"] == fake_hub.COMMIT
+    assert record["base_model"]["fingerprint"] == f"org/tiny@{fake_hub.COMMIT}"
+    wrong = finished.command("run", finished.write(base_model={"revision": "no-such-revision"}))
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: base_model: 'org/tiny' has no tokenizer")
+    assert "Traceback" not in wrong.stderr
 
 
 def test_the_report_of_it_in_a_browser(finished: Finished, tmp_path: Path) -> None:
@@ -210,24 +228,6 @@ def test_another_trial_is_held_against_production(finished: Finished) -> None:
     assert against["judge"]["cached"] > 0, "the base's answers are graded already"
     for command in ("status", "report"):
         assert finished.command(command, result["run_id"]).returncode == 0
-
-
-def test_the_gate_rejects_with_status_3_and_registers_nothing(home: Path, definition, all_formats, write) -> None:
-    content = definition(
-        data={"sources": all_formats},
-        gate={"min_score": 1.0},
-        search={"num_samples": 1, "objectives": ["json_validity", "trained_tokens"], "objective_prompts": 10},
-        tracking={"enabled": False},
-        training={"backend": "solo"},
-    )
-    done = winnow("sweeps", "run", write(content), "--json")
-    assert done.returncode == 3, done.stderr
-    result = last_json(done)
-    (trial,) = result["trials"]
-    assert trial["objectives"] == {"json_validity": 0.0, "trained_tokens": trial["trained_tokens"]}
-    assert "by json_validity, trained_tokens; no trial is stopped early" in done.stderr
-    assert (result["status"], result["gate"]["verdict"], result["model"]) == ("rejected", "REJECT", None)
-    assert not (home / "registry").exists()
 
 
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
