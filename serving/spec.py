@@ -78,7 +78,7 @@ class LimitsSpec(_Spec):
 class FallbackSpec(_Spec):
     """Who answers where the model is overloaded, away, or has no place in time: one of the two."""
 
-    model: str | None = Field(None, description="NAME of another model that is deployed on the same cluster.")
+    model: str | None = Field(None, description="NAME of another model that is deployed on this cluster, by 'deploy'.")
     base_url: str | None = Field(None, description="An OpenAI-compatible endpoint, up to and with /v1.")
     endpoint_model: str | None = Field(None, description="The model's name there.")
     api_key_env: str | None = Field(None, description="The environment variable of the ingress that holds its key.")
@@ -98,7 +98,9 @@ class CanarySpec(_Spec):
 
     steps: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((5, 25, 50), description="Percent of traffic.")
     step_s: Annotated[float, Field(ge=0)] = Field(600, description="The least that a step takes.")
-    min_requests: Annotated[int, Field(ge=1)] = Field(50, description="Of each variant in a step, to be judged.")
+    min_requests: Annotated[int, Field(ge=1)] = Field(
+        50, description="Of each variant in a step, to be judged; plain failures are judged before."
+    )
     max_error_increase: Annotated[float, Field(ge=0)] = 0.01
     max_invalid_increase: Annotated[float, Field(ge=0)] = 0.02
     max_latency_ratio: Annotated[float, Field(gt=0)] = Field(1.5, description="95 % latency over production's.")
@@ -121,7 +123,7 @@ class SamplingSpec(_Spec):
     """Answered requests that are kept, redacted, in ``WINNOW_HOME/samples``. Without this section none is."""
 
     share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Of all answered requests.")
-    max_per_minute: Annotated[float, Field(gt=0)] = Field(60, description="Of each ingress replica.")
+    max_per_minute: Annotated[float, Field(ge=1)] = Field(60, description="Of each ingress replica.")
     regions: tuple[Region, ...] = Field(REGIONS, description="Countries whose national ids are looked for.")
 
 
@@ -130,7 +132,7 @@ class IngressSpec(_Spec):
 
     num_replicas: Annotated[int, Field(ge=1)] = Field(2, description="One takes all where the other is lost.")
     cors_origins: tuple[str, ...] = Field((), description="Origins of pages that may call this from a browser.")
-    json_answers: bool = Field(False, description="Every answer has to be JSON; what is not counts as invalid.")
+    json_answers: bool = Field(False, description="Every answer without tools has to be JSON; what is not is invalid.")
     limits: LimitsSpec = LimitsSpec()
     sampling: SamplingSpec | None = None
 
@@ -141,9 +143,13 @@ class ServingSpec(_Spec):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine as they are.")
     autoscaling_config: AutoscalingSpec = AutoscalingSpec()
     max_ongoing_requests: Annotated[int, Field(ge=1)] = Field(64, description="Requests in one replica at once.")
-    max_queued_requests: Annotated[int, Field(ge=1)] = Field(256, description="Waiting beyond that: 503.")
-    cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1, description="Without a GPU the engine's threads, too.")
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    max_queued_requests: Annotated[int, Field(ge=1)] = Field(
+        256, description="Waiting at each ingress replica; beyond that 503, or the fallback."
+    )
+    cpus_per_replica: Annotated[float, Field(ge=0)] = Field(
+        1, description="Of each worker of its engine; without a GPU its threads, too."
+    )
+    gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0, description="Of each worker of its engine.")
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="An engine that takes longer for one step is ended, and another one started."
     )
