@@ -27,6 +27,18 @@ FALLBACK = "fallback"
 _LAST_WORD_S, _AT_THE_END_S = 1.0, 0.05
 _OF_THE_REQUEST = (400, 413, 422)
 """Statuses that say something of the request, whoever sent it."""
+_STEERS = (
+    "allowed_token_ids",
+    "bad_words",
+    "echo",
+    "ignore_eos",
+    "logit_bias",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "structured_outputs",
+)
+"""By what a request has its answer end, or read, otherwise than the model would: nothing is held against that then."""
 _STUCK = "Internal server error"
 """What vLLM says (``GenerationError``) when an answer can't go on; an engine that died is told in other words."""
 _NO_TEXT = ApiError(400, "no text has the form that is asked for: its schema or grammar never ends", "unmet_format")
@@ -44,6 +56,10 @@ class Target(NamedTuple):
     model: str
     version: str
     variant: str
+
+
+class _Unread(Exception):
+    """The time of a stream went by while its client did not read what there was."""
 
 
 class Answer:
@@ -67,7 +83,8 @@ class Answer:
         self._body, self._path, self._target, self._spec, self._quota = body, path, target, spec, quota
         self._count = count
         self._sampler = sampler if sampler and sampler.wants() else None
-        self._streamed, self._client, self._placed = body.get("stream") is True, client, False
+        self._streamed, self._client = body.get("stream") is True, client
+        self._placed = self._begun = False
         self._started = time.monotonic()
         self._headers: dict[str, str] = {}
         form = body.get("response_format")
@@ -94,7 +111,9 @@ class Answer:
             if self._streamed:
                 moved = stack.pop_all()
                 parts = self._lent(moved, reply) if isinstance(reply, Begun) else self._passed_on(moved, reply)
-                return _Stream(parts, media_type="text/event-stream", headers=self._all_headers())
+                response = _Stream(parts, media_type="text/event-stream", headers=self._all_headers())
+                response.ended = lambda: self._sent(moved)
+                return response
             assert not isinstance(reply, Begun), "no stream"
             with self._charged():
                 return await self._whole(reply)
@@ -112,8 +131,8 @@ class Answer:
                 self._charge()
             raise
 
-    def _has_place(self) -> None:
-        self._placed = True
+    def _has_place(self, has: bool = True) -> None:
+        self._placed = has
 
     def _charge(self) -> None:
         if self._quota:
@@ -135,6 +154,7 @@ class Answer:
             if fallback is None:
                 raise self.failed(error) if isinstance(error, ApiError) else error from None
             self.failed(None)
+            self._has_place(False)
             self._headers[FALLBACK_HEADER] = "timeout" if late else "overload"
         name = fallback.model or fallback.endpoint_model or ""
         self._target = Target(name, f"{FALLBACK}:{name}", FALLBACK)
@@ -173,8 +193,13 @@ class Answer:
 
         Raises:
             ApiError: a fallback refuses us, not the client's request: our key, our name of its model, its own load.
+            TimeoutError: it does not end in time.
         """
-        raw = await reply.read()
+        try:
+            async with asyncio.timeout(self._left_s):
+                raw = await reply.read()
+        except aiohttp.ClientError:
+            raise self.failed(went_away()) from None
         if self._target.variant == FALLBACK and reply.status not in _OF_THE_REQUEST:
             raise self.failed(Overloaded(f"the fallback answers {reply.status}"))
         status = reply.status
@@ -203,14 +228,14 @@ class Answer:
             texts, usage = events.texts(answer), dict(answer.get("usage") or {})
         except (aiohttp.ClientError, ValueError, TypeError, AttributeError):  # or it has another shape
             raise self.failed(went_away()) from None
-        counts = self._answered(usage, events.is_empty(answer), self._bad_json(texts))
+        counts = self._answered(usage, events.is_empty(answer), texts, events.is_cut(answer))
         self._note(answer.get("id"), counts)
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
 
     async def _passed_on(self, stack: AsyncExitStack, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Events as they come. A stream that breaks ends with an error event; a client that goes away ends ours."""
-        stream, first_at, late = events.Stream(*self._looks()), None, False
+        stream, first_at, late, self._begun = events.Stream(*self._looks()), None, False, True
         async with stack:
             try:
                 async for piece in self._in_time(pieces(reply)):
@@ -219,6 +244,10 @@ class Answer:
                         yield out
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
+            except _Unread:
+                self._left(stream.told(first_at))
+                yield too_late().event
+                return
             except BaseException:  # the client left
                 self._left(stream.told(first_at))
                 raise
@@ -230,6 +259,7 @@ class Answer:
 
         Raises:
             TimeoutError: the next one is not there in time.
+            _Unread: no time was left when the client had taken the last one.
         """
         while True:
             async with asyncio.timeout(self._left_s):
@@ -237,11 +267,13 @@ class Answer:
             if part is None:
                 return
             yield part
+            if not self._left_s:
+                raise _Unread
 
     async def _lent(self, stack: AsyncExitStack, reply: Begun) -> AsyncIterator[bytes]:
         """What the replica does not write to the client itself: an error event, where its stream breaks."""
         assert self._client is not None, "lent"
-        told = events.Told()
+        told, self._begun = events.Told(), True
         at_most_s = self._left_s + _LAST_WORD_S  # it keeps to the limit itself, if it lives
         async with stack:
             try:
@@ -254,15 +286,21 @@ class Answer:
                 told = events.Told(late=True)
             except Broken:
                 pass
-            if told.torn:
+            if told.torn:  # it did not read, and nothing can follow
                 self._client.abort()
-            if self._client.is_closing() and not told.late:
+            if told.torn or (self._client.is_closing() and not told.late):
                 self._left(told)
                 return
             if told.done and not told.failed:  # the client has its end before it is counted
                 asyncio.get_running_loop().call_soon(self._end_of_stream, told)
             elif event := self._end_of_stream(told):
                 yield event
+
+    async def _sent(self, stack: AsyncExitStack) -> None:
+        """A stream whose head its client did not take never began, and ends here, as if the client had left."""
+        if not self._begun:
+            self._charge()
+            await stack.aclose()
 
     def _left(self, told: events.Told) -> None:
         """Of a stream whose client is gone: what it came to, if to anything; leaving says nothing of the variant."""
@@ -281,10 +319,10 @@ class Answer:
                 return too_late().event
             return None if told.failed else went_away().event
         first_s = None if told.first_at is None else told.first_at - self._started
-        one = 1 in (self._body.get("max_tokens"), self._body.get("max_completion_tokens"))
         said = "completion_tokens" in told.usage
-        empty = said and _number(told.usage, "completion_tokens") < 2 and not one  # the last token ends the answer
-        counts = self._answered(told.usage, empty, self._bad_json(told.texts))
+        took = _number(told.usage, "completion_tokens")
+        empty = said and took < 2 and 1 not in self._limits()  # the last token ends the answer
+        counts = self._answered(told.usage, empty, told.texts, told.cut)
         if first_s is not None:
             counts.first_token.add(first_s)
         self._note(told.id, counts, first_s)
@@ -298,18 +336,26 @@ class Answer:
             about = self._target._asdict() | {"id": identity} | tokens
             self._sampler.take(self._body, texts, **about)
 
-    def _bad_json(self, texts: list[str]) -> bool:
-        return self._wants_json and not all(map(events.is_json, texts))
+    def _limits(self) -> tuple[Any, Any]:
+        """What the request says of its answer's length."""
+        return self._body.get("max_tokens"), self._body.get("max_completion_tokens")
 
-    def _answered(self, usage: dict[str, Any], empty: bool, bad_json: bool) -> Counts:
+    def _answered(self, usage: dict[str, Any], empty: bool, texts: list[str], cut: bool) -> Counts:
         """What an answer counts for. One that is held to a form and ends with its first token is what was asked for:
-        llguidance has an answer end whose grammar allows no text."""
+        llguidance has an answer end whose grammar allows no text. So is one that the request itself cut off or steered:
+        five of them would end an automatic canary.
+
+        Args:
+            cut: it ended where it might not be longer.
+        """
         took = _number(usage, "completion_tokens")
         unmet = empty and took <= (self._body.get("n") or 1) and limits.holds_to_a_form(self._body)
+        as_asked = unmet or (cut and any(self._limits())) or any(self._body.get(name) for name in _STEERS)
+        bad_json = self._wants_json and not all(map(events.is_json, texts))
         counts = Counts(
             requests=1,
             rejected=int(unmet),
-            invalid=int((empty or bad_json) and not unmet),
+            invalid=int((empty or bad_json) and not as_asked),
             prompt_tokens=_number(usage, "prompt_tokens"),
             completion_tokens=took,
         )
@@ -331,6 +377,9 @@ class Answer:
 class _Stream(StreamingResponse):
     """Ends with its client, as starlette's does in a task group of anyio's, which takes longer than all else here."""
 
+    ended: Callable[[], Awaitable[None]]
+    """Called at the end, however that comes."""
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def unless_stalled(message: Any) -> None:
             try:
@@ -341,8 +390,11 @@ class _Stream(StreamingResponse):
                     connection.abort()  # which tells ``receive``
                 raise
 
-        with suppress(TimeoutError):
-            await unless_gone(receive, self.stream_response(unless_stalled))
+        try:
+            with suppress(TimeoutError):
+                await unless_gone(receive, self.stream_response(unless_stalled))
+        finally:
+            await self.ended()
 
 
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections import OrderedDict, deque
@@ -17,6 +18,7 @@ from serving.spec import CanarySpec, with_changes
 
 NAME = "conductor"
 _TICK_S = 1.0
+_log = logging.getLogger("ray.serve")
 _NUMBER = re.compile(r"[\d.]+")
 _REMEMBERED = 20_000
 """Answers whose variant is known when feedback on them arrives."""
@@ -155,9 +157,15 @@ class Conductor:
         self._clock = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
+        told = ""
         while True:
             await asyncio.sleep(_TICK_S)
-            self._timetable.tick(time.monotonic(), self._counts)
+            try:
+                self._timetable.tick(time.monotonic(), self._counts)
+            except Exception as error:  # storage that is away for a moment: all counts would go with this replica
+                if str(error) != told:
+                    _log.warning("no canary is judged: %s", error)
+                told = str(error)
 
     async def report(self, ingress: str, delta: Delta) -> Spent:
         """Add what one replica of the ingress counted. Calls here are coroutines that wait for nothing, so one follows

@@ -24,6 +24,7 @@ class Told:
         status: of that error.
         late: it took longer than it might.
         torn: a part of a chunk was written, so nothing can follow.
+        cut: an answer ended where it might not be longer, if they were kept.
         first_at: when its first event was passed on, by the machine's monotonic clock.
         texts: the answers, one a choice, where they were kept.
     """
@@ -35,6 +36,7 @@ class Told:
     status: int = 0
     late: bool = False
     torn: bool = False
+    cut: bool = False
     first_at: float | None = None
     texts: list[str] = field(default_factory=list)
 
@@ -87,16 +89,16 @@ class Stream:
 
     def told(self, first_at: float | None = None, late: bool = False, torn: bool = False) -> Told:
         """What it came to so far."""
-        texts = self._texts()
-        return Told(self._id, self._usage, self._done, self._failed, self._status, late, torn, first_at, texts)
-
-    def _texts(self) -> list[str]:
         found: dict[int, str] = {}
+        cut = False
         for event in self._kept:
-            for choice in _object(event).get("choices") or ():
+            chunk = _object(event)
+            cut = cut or is_cut(chunk)
+            for choice in chunk.get("choices") or ():
                 piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 found[choice["index"]] = found.get(choice["index"], "") + piece
-        return [found[index] for index in sorted(found)]
+        texts = [found[index] for index in sorted(found)]
+        return Told(self._id, self._usage, self._done, self._failed, self._status, late, torn, cut, first_at, texts)
 
 
 def _object(said: bytes) -> dict[str, Any]:
@@ -118,10 +120,14 @@ def error_in(answer: Any) -> tuple[str, int] | None:
 
 
 def texts(answer: dict[str, Any]) -> list[str]:
-    """The same of an answer that was not streamed."""
-    return [
-        choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in answer.get("choices", ())
-    ]
+    """Of an answer that was not streamed; nothing where it is no text, as an endpoint that is not ours may have it."""
+    said = [choice.get("text") or (choice.get("message") or {}).get("content") for choice in answer.get("choices", ())]
+    return [text if isinstance(text, str) else "" for text in said]
+
+
+def is_cut(answer: dict[str, Any]) -> bool:
+    """Whether one of its choices, or of a stream's chunk, ended where it might not be longer."""
+    return any(choice.get("finish_reason") == "length" for choice in answer.get("choices") or ())
 
 
 def is_empty(answer: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -80,6 +81,9 @@ class Ingress:
         """Serve's last word to a replica: answers that have begun are finished."""
         if self._listener:
             await self._listener.close()
+        with suppress(TimeoutError):  # where all of the application ends, nobody may be there to be told
+            async with asyncio.timeout(_REPORT_S):
+                await self._tell()
 
     def _read(self) -> None:
         plan = registry.canary(self._model) or {"weight": 0}
@@ -340,5 +344,6 @@ def _host_of(origin: str) -> str:
 def _from_here(request: Request) -> bool:
     """From this machine, and by a loopback name: a page in a browser here that has its own name point to us is not.
     Serve's own proxy names no client, one that speaks HTTP to this replica does."""
-    client = request.client.host if request.client else ""
-    return (not client or place.is_loopback(client)) and place.is_loopback(request.url.hostname or "")
+    client, named = request.client.host if request.client else "", request.headers.get("host")
+    by_name = named is None or place.is_loopback(_host_of(f"//{named}"))
+    return (not client or place.is_loopback(client)) and by_name

@@ -13,10 +13,12 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import ApiError
+from serving.handover import STALLED_S
 
 CLIENT = "winnow.client"
 """Where a request's scope has the transport of its connection, if that can be lent (``handover``)."""
@@ -34,9 +36,14 @@ _HEAD_S, _MOST_OF_A_HEAD = 30.0, 65_536
 that was refused."""
 
 
+_OTHER_PROTOCOLS = {b"upgrade", b"http2-settings"}
+"""What of a head asks to go on in another protocol, as Java's own client does in each request: in HTTP/2."""
+
+
 class _Connection(HttpToolsProtocol):
-    """uvicorn's, which has no limits for a request's head, and does not see a client leave that sent its next request
-    before it had its answer. Here such a request is not read: the connection ends with the answer."""
+    """uvicorn's, which has no limits for a request's head, nor for a client that does not read, loses the body of a
+    request that would like another protocol, and does not see a client leave that sent its next request before it had
+    its answer. Here such a request is not read: the connection ends with the answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,6 +51,7 @@ class _Connection(HttpToolsProtocol):
         self._until: asyncio.TimerHandle | None = None
         self._begun = self._within = self._over = False
         self._beside = 0
+        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -53,6 +61,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._reads()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -62,7 +71,7 @@ class _Connection(HttpToolsProtocol):
             self._begin_head()
         head = self._until
         self._beside += len(data) if self._within else 0
-        super().data_received(data)
+        self._feed(data)
         if self._beside > _MOST_OF_A_HEAD:
             self.transport.abort()
         elif self._head is not None and self._until is head:  # and not of the next request, which began with its end
@@ -70,6 +79,33 @@ class _Connection(HttpToolsProtocol):
             if self._head > _MOST_OF_A_HEAD:
                 told = f"the request's head must be at most {_MOST_OF_A_HEAD} bytes, but is longer"
                 self._refuse(ApiError(431, told, "head_too_large"))
+
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            if not self._over:
+                self._ask_again(data[stopped.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(ApiError(400, "this is no HTTP request", "invalid_http"))
+
+    def _ask_again(self, rest: bytes) -> None:
+        """The same request without its wish for another protocol; ``rest`` is what came of its body."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(ApiError(405, "this is no proxy", "method_not_allowed"))
+            return
+        head = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                wanted = [one.strip() for one in value.split(b",")]
+                value = b", ".join(one for one in wanted if one.lower() not in _OTHER_PROTOCOLS) or b"keep-alive"
+            if name not in _OTHER_PROTOCOLS:
+                head.append(b"%b: %b" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._feed(b"\r\n".join([*head, b"", rest]))
 
     def on_message_begin(self) -> None:
         if self._answering:
@@ -86,8 +122,9 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if not self._over:
             self._end_head()
-            self._within = True
-            super().on_headers_complete()
+            if not self.parser.should_upgrade():
+                self._within = True
+                super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._beside = 0
@@ -95,7 +132,7 @@ class _Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._over:
+        if not self._over and not self.parser.should_upgrade():
             self._within, self._beside = False, 0
             self._end_head()
             super().on_message_complete()
@@ -108,6 +145,32 @@ class _Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self._within:  # it was refused before its end, which the client may have to send before it reads that
             self._until = self.loop.call_later(_HEAD_S, self.transport.abort)
+        self._has_to_read()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._has_to_read()
+
+    def resume_writing(self) -> None:
+        self._reads()
+        super().resume_writing()
+
+    def _has_to_read(self) -> None:
+        """The client has, what is written and has not gone: some of it each minute."""
+        self._reads()
+        if left := self.transport.get_write_buffer_size():
+            self._reading = self.loop.call_later(STALLED_S, self._look, left)
+
+    def _look(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._has_to_read()
+        else:
+            self.transport.abort()
+
+    def _reads(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     @property
     def _answering(self) -> bool:
@@ -128,9 +191,6 @@ class _Connection(HttpToolsProtocol):
             return
         told = f"the request's head must be here within {_HEAD_S:g} s, but is not"
         self._refuse(ApiError(408, told, "head_too_slow"))
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "this is no HTTP request", "invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
         """The end of the connection; of one that is being answered, without a word that would be within the answer."""

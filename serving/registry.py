@@ -210,10 +210,15 @@ def set_canary(
     Args:
         step: of its timetable, from 0; None for a canary that only people move.
         judged: as of ``promote``.
+
+    Raises:
+        ValueError: it is what serves: it was promoted meanwhile.
     """
     with _writing(model):
         if judged and canary(model) != judged:
             return
+        if aliases(model).get(SERVED) == version:
+            raise ValueError(f"{model}@{version} is production already; a canary is another version")
         plan = {"version": version, "weight": weight, "step": step, "since": _now()}
         files.write_json(_canary_file(model), plan)  # before the alias: a canary without a plan gets nothing
         now = aliases(model)

@@ -117,7 +117,7 @@ def rollback(model: str, log: Log) -> dict[str, Any]:
         try:
             with _alone(model):
                 now = _deployed(model)
-                _keep(model, now, [one for one in now.versions if one != ended], log)
+                _keep(model, now, [one for one in now.versions if one != ended or one == version], log)
         except ValueError as error:  # traffic has moved, and that is what somebody was in a hurry for
             log(f"rollback: {ended} stays warm: {error}")
     else:

@@ -105,7 +105,7 @@ class Replies:
         wait_s: float,
         lending: Lending | None = None,
         place_s: float | None = None,
-        taken: Callable[[], None] | None = None,
+        taken: Callable[[bool], None] | None = None,
     ) -> AsyncIterator[Reply]:
         """One request to whichever replica of ``version`` Serve has a place in; leaving the block ends it there too.
 
@@ -113,7 +113,7 @@ class Replies:
             wait_s: for a place and the head of the answer.
             lending: of a stream whose client's connection can be lent; where the replica is on this machine, it is.
             place_s: for a place alone, where it may be no longer.
-            taken: called once there is one.
+            taken: told that there is one, and again, that there is none, where it turns out to be gone.
 
         Raises:
             Overloaded: no place, or no replica that answers.
@@ -144,11 +144,17 @@ class Replies:
         payload: bytes,
         lending: Lending | None,
         place_s: float | None,
-        taken: Callable[[], None] | None,
+        taken: Callable[[bool], None] | None,
     ) -> tuple[Place, Reply]:
         """A place, and the head of the answer from there. Where a place turns out to be gone another one is taken, for
         nothing has begun there."""
         tries, began = 0, time.monotonic()
+
+        def gone(place: Place) -> None:
+            place.give_up()
+            if taken:
+                taken(False)
+
         while tries < _TRIES:
             if (place := self._kept(model, version)) is None:
                 tries += 1
@@ -160,17 +166,17 @@ class Replies:
                         continue
             reply: Reply
             if taken:
-                taken()
+                taken(True)
             try:
                 if lending and (line := place.line()):
                     if not line.is_open:
-                        place.give_up()
+                        gone(place)
                         continue
                     reply = await line.ask(place.token, path, payload, lending)
                 else:
                     reply = await self._send(place.address + path, payload, {leases.HEADER: place.token})
             except (aiohttp.ClientConnectorError, Gone):
-                place.give_up()
+                gone(place)
                 continue
             except (aiohttp.ClientError, Broken) as error:
                 place.give_up()
@@ -182,7 +188,7 @@ class Replies:
                 return place, reply
             if isinstance(reply, aiohttp.ClientResponse):
                 reply.release()
-            place.give_up()
+            gone(place)
         raise Overloaded(f"no replica of {model}@{version} can be reached")
 
     async def _lease(self, model: str, version: str) -> Place | None:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from conftest import until
 from test_registry import put
 
 from serving import registry
@@ -146,6 +147,25 @@ def test_counts_of_several_replicas_come_together_and_feedback_finds_its_variant
         assert await conductor.feedback("answer-3", 1.0)
         scored = (await conductor.variants())["variants"]["v2 canary"]
         assert (scored["feedback"], scored["feedback_mean"]) == (1, 0.25), "an answer is scored once"
+        conductor._clock.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_storage_that_is_away_for_a_moment_costs_no_counts(versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+
+    def away(_: object, now: float, __: object) -> None:
+        ticks.append(now)
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("serving.conductor._TICK_S", 0.01)
+    monkeypatch.setattr(Timetable, "tick", away)
+
+    async def scenario() -> None:
+        conductor = await _conductor()
+        await until(lambda: len(ticks) > 2)
+        await conductor.check_health()
         conductor._clock.cancel()
 
     asyncio.run(scenario())

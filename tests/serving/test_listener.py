@@ -5,6 +5,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 
 from serving import listener
 from serving.listener import Listener
@@ -174,6 +176,61 @@ def test_a_long_body_after_half_a_head_is_answered(monkeypatch) -> None:
             await asyncio.sleep(0.6)  # longer than a head may take
 
     assert on_a_connection(monkeypatch, play) == ["/0"] * 3
+
+
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\nUpgrade: h2c\r\n\r\n"
+
+
+@pytest.mark.parametrize("cut", [30, 130, len(REQUEST % (0, 5) + UPGRADE) - 1, 1000])
+def test_a_request_that_would_like_another_protocol_is_answered_in_this_one(monkeypatch, cut: int) -> None:
+    """Java's own client sends each request so."""
+    request = (REQUEST % (0, 5)).removesuffix(b"\r\n") + UPGRADE + b"hello"
+
+    async def play(reader, writer, seen) -> None:
+        for _ in range(3):
+            writer.write(request[:cut])
+            await asyncio.sleep(0.05)
+            writer.write(request[cut:])
+            assert b" 200 OK" in await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readuntil(b"0\r\n\r\n") == b"1\r\n5\r\n0\r\n\r\n"
+        writer.write(b"CONNECT elsewhere:443 HTTP/1.1\r\nHost: elsewhere\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 405 ")
+
+    assert on_a_connection(monkeypatch, play) == ["/0"] * 3
+
+
+@pytest.mark.parametrize("size", [2**25, None], ids=["of one answer", "of many"])
+def test_a_client_that_reads_nothing_is_not_kept_and_one_that_reads_slowly_is(monkeypatch, size: int | None) -> None:
+    monkeypatch.setattr(listener, "STALLED_S", 0.3)
+
+    async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (size or 200_000)})
+
+    async def run() -> None:
+        loop, served = asyncio.get_running_loop(), Listener(application, "127.0.0.1", 0)
+        port, connections = int(served.url.rpartition(":")[2]), served._server.server_state.connections
+        with (
+            socket.create_connection(("127.0.0.1", port)) as deaf,
+            socket.create_connection(("127.0.0.1", port)) as slow,
+        ):
+            for client in (deaf, slow):
+                client.setblocking(False)
+            await loop.sock_sendall(slow, REQUEST % (1, 0))
+            with suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(10):
+                    for _ in range(1 if size else 1000):
+                        await loop.sock_sendall(deaf, REQUEST % (1, 0))
+                        await asyncio.sleep(0.01)
+            took = 0
+            while took < (size or 200_000):
+                took += len(await loop.sock_recv(slow, 2**20))
+                await asyncio.sleep(0.04)
+            await until(lambda: len(connections) == 1)
+        await served.close()
+
+    asyncio.run(run())
 
 
 def test_of_requests_without_a_pause_the_first_is_answered_and_the_connection_ends(monkeypatch) -> None:

@@ -139,6 +139,16 @@ def test_promoting_a_canary_ends_it_and_rolling_back_returns(home: Path) -> None
     ]
 
 
+def test_what_serves_is_no_canary(home: Path) -> None:
+    """It was promoted while it came up to be one."""
+    first, second = put(home, "one").version, put(home, "two").version
+    registry.deployed("tickets", first, unless=None)
+    registry.promote("tickets", second, "promote")
+    with pytest.raises(ValueError, match="is production already"):
+        registry.set_canary("tickets", second, 10, "canary")
+    assert registry.canary("tickets") is None
+
+
 def test_rolling_back_ends_a_canary_first(home: Path) -> None:
     first, second = put(home, "one").version, put(home, "two").version
     registry.set_alias("tickets", "production", first, "run a")
