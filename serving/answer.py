@@ -245,8 +245,9 @@ class Answer:
             except (Broken, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
             except _Unread:
-                self._left(stream.told(first_at))
-                yield too_late().event
+                self._left(told := stream.told(first_at))
+                if not told.done:
+                    yield too_late().event
                 return
             except BaseException:  # the client left
                 self._left(stream.told(first_at))
