@@ -78,6 +78,7 @@ def _words(counts: dict[str, Any]) -> str:
         "requests",
         "errors",
         "invalid",
+        "cut",
         "completion_tokens",
         "first_token_p50_s",
         "latency_p95_s",
@@ -92,9 +93,9 @@ def models(_: argparse.Namespace) -> dict[str, Any]:
         model: {"versions": registry.versions(model), "aliases": registry.aliases(model)} for model in registry.models()
     }
     for model, known in listed.items():
-        pointing = {version: alias for alias, version in known["aliases"].items()}
         for version in known["versions"]:
-            say(f"{model}@{version}  {pointing.get(version, '')}")
+            pointing = [alias for alias, pointed in known["aliases"].items() if pointed == version]
+            say(f"{model}@{version}  {', '.join(pointing)}")
     if not listed:
         say("no model is registered; run a sweep first: python -m sweeps run DEF")
     return {"models": listed}

@@ -30,12 +30,11 @@ _OF_THE_REQUEST = (400, 413, 422)
 _STEERS = (
     "allowed_token_ids",
     "bad_words",
+    "continue_final_message",
     "echo",
     "ignore_eos",
     "logit_bias",
     "min_tokens",
-    "stop",
-    "stop_token_ids",
     "structured_outputs",
 )
 """By what a request has its answer end, or read, otherwise than the model would: nothing is held against that then."""
@@ -228,7 +227,7 @@ class Answer:
             texts, usage = events.texts(answer), dict(answer.get("usage") or {})
         except (aiohttp.ClientError, ValueError, TypeError, AttributeError):  # or it has another shape
             raise self.failed(went_away()) from None
-        counts = self._answered(usage, events.is_empty(answer), texts, events.is_cut(answer))
+        counts = self._answered(usage, events.is_empty(answer), texts, events.ends(answer))
         self._note(answer.get("id"), counts)
         self._keep(answer.get("id"), texts, counts)
         return Response(raw, media_type="application/json", headers=self._all_headers())
@@ -246,7 +245,7 @@ class Answer:
                 late = isinstance(error, TimeoutError)
             except _Unread:
                 self._left(told := stream.told(first_at))
-                if not told.done:
+                if not (told.done or told.failed):
                     yield too_late().event
                 return
             except BaseException:  # the client left
@@ -322,8 +321,8 @@ class Answer:
         first_s = None if told.first_at is None else told.first_at - self._started
         said = "completion_tokens" in told.usage
         took = _number(told.usage, "completion_tokens")
-        empty = said and took < 2 and 1 not in self._limits()  # the last token ends the answer
-        counts = self._answered(told.usage, empty, told.texts, told.cut)
+        empty = said and took < 2 and not told.cut  # the last token ends the answer
+        counts = self._answered(told.usage, empty, told.texts, (told.cut, told.stopped))
         if first_s is not None:
             counts.first_token.add(first_s)
         self._note(told.id, counts, first_s)
@@ -337,25 +336,23 @@ class Answer:
             about = self._target._asdict() | {"id": identity} | tokens
             self._sampler.take(self._body, texts, **about)
 
-    def _limits(self) -> tuple[Any, Any]:
-        """What the request says of its answer's length."""
-        return self._body.get("max_tokens"), self._body.get("max_completion_tokens")
-
-    def _answered(self, usage: dict[str, Any], empty: bool, texts: list[str], cut: bool) -> Counts:
+    def _answered(self, usage: dict[str, Any], empty: bool, texts: list[str], ends: tuple[bool, bool]) -> Counts:
         """What an answer counts for. One that is held to a form and ends with its first token is what was asked for:
         llguidance has an answer end whose grammar allows no text. So is one that the request itself cut off or steered:
         five of them would end an automatic canary.
 
         Args:
-            cut: it ended where it might not be longer.
+            ends: ``events.ends`` of it.
         """
-        took = _number(usage, "completion_tokens")
+        (cut, stopped), took = ends, _number(usage, "completion_tokens")
         unmet = empty and took <= (self._body.get("n") or 1) and limits.holds_to_a_form(self._body)
-        as_asked = unmet or (cut and any(self._limits())) or any(self._body.get(name) for name in _STEERS)
+        steered = any(self._body.get(name) for name in _STEERS) or self._body.get("add_generation_prompt") is False
+        as_asked = unmet or cut or stopped or steered
         bad_json = self._wants_json and not all(map(events.is_json, texts))
         counts = Counts(
             requests=1,
             rejected=int(unmet),
+            cut=int(cut),
             invalid=int((empty or bad_json) and not as_asked),
             prompt_tokens=_number(usage, "prompt_tokens"),
             completion_tokens=took,

@@ -40,6 +40,8 @@ class Counts:
     """The client's mistakes, as vLLM told them (4xx): they say nothing of the variant."""
     invalid: int = 0
     """Answers that are not what was asked for: empty, or no JSON where JSON was wanted."""
+    cut: int = 0
+    """Answers that ended where they might not be longer: by the request's own limit, the model's, or ours."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     feedback: int = 0

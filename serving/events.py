@@ -10,6 +10,7 @@ from typing import Any
 _END = b"\n\n"
 _DATA, _DONE, _ERROR = b"data:", b"[DONE]", b'{"error"'
 _ID = re.compile(rb'"id": ?"([^"]*)"')
+_ENDS = re.compile(rb'"finish_reason": ?"')
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Told:
         status: of that error.
         late: it took longer than it might.
         torn: a part of a chunk was written, so nothing can follow.
-        cut: an answer ended where it might not be longer, if they were kept.
+        cut, stopped: ``ends`` of its answers.
         first_at: when its first event was passed on, by the machine's monotonic clock.
         texts: the answers, one a choice, where they were kept.
     """
@@ -37,6 +38,7 @@ class Told:
     late: bool = False
     torn: bool = False
     cut: bool = False
+    stopped: bool = False
     first_at: float | None = None
     texts: list[str] = field(default_factory=list)
 
@@ -57,6 +59,8 @@ class Stream:
     _done: bool = False
     _failed: str = ""
     _status: int = 0
+    _cut: bool = False
+    _stopped: bool = False
     _rest: bytes = b""
     _kept: list[bytes] = field(default_factory=list)
 
@@ -79,6 +83,9 @@ class Stream:
             self._usage = usage if isinstance(usage, dict) else {}
             if not chunk.get("choices"):
                 return self.show_usage
+        if _ENDS.search(said):
+            cut, stopped = ends(_object(said))
+            self._cut, self._stopped = self._cut or cut, self._stopped or stopped
         if said == _DONE:
             self._done = True
         elif said.startswith(_ERROR):
@@ -90,15 +97,24 @@ class Stream:
     def told(self, first_at: float | None = None, late: bool = False, torn: bool = False) -> Told:
         """What it came to so far."""
         found: dict[int, str] = {}
-        cut = False
         for event in self._kept:
-            chunk = _object(event)
-            cut = cut or is_cut(chunk)
-            for choice in chunk.get("choices") or ():
+            for choice in _object(event).get("choices") or ():
                 piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 found[choice["index"]] = found.get(choice["index"], "") + piece
         texts = [found[index] for index in sorted(found)]
-        return Told(self._id, self._usage, self._done, self._failed, self._status, late, torn, cut, first_at, texts)
+        return Told(
+            self._id,
+            self._usage,
+            self._done,
+            self._failed,
+            self._status,
+            late,
+            torn,
+            self._cut,
+            self._stopped,
+            first_at,
+            texts,
+        )
 
 
 def _object(said: bytes) -> dict[str, Any]:
@@ -125,9 +141,12 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [text if isinstance(text, str) else "" for text in said]
 
 
-def is_cut(answer: dict[str, Any]) -> bool:
-    """Whether one of its choices, or of a stream's chunk, ended where it might not be longer."""
-    return any(choice.get("finish_reason") == "length" for choice in answer.get("choices") or ())
+def ends(answer: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether one of its choices, or of a stream's chunk, ended where it might not be longer, and whether one did at a
+    word that the request named (vLLM's ``stop_reason``)."""
+    choices = answer.get("choices") or ()
+    cut = any(choice.get("finish_reason") == "length" for choice in choices)
+    return cut, any(choice.get("stop_reason") is not None for choice in choices)
 
 
 def is_empty(answer: dict[str, Any]) -> bool:

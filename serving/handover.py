@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from serving.events import Stream, Told
@@ -30,6 +30,7 @@ NO_LEASE = 418
 _LENGTH = struct.Struct("!I")
 _READ = 2**18
 _FLUSH_S = 0.002
+_TOLD = {one.name for one in fields(Told)}
 STALLED_S = 60.0
 """A client to which a few hundred bytes can't be written for so long has left, or reads as if: a place waits for it."""
 
@@ -186,7 +187,8 @@ class Line:
         Raises:
             Broken: the replica went away.
         """
-        return Told(**json.loads(await self._answer()))
+        said = json.loads(await self._answer())  # by a replica of another release, perhaps
+        return Told(**{name: said[name] for name in _TOLD & said.keys()})
 
     def close(self) -> None:
         """Where an answer is under way, the replica ends it."""
@@ -326,7 +328,7 @@ class _Exchange:
                 self._client.close()
         if self._begun:
             told = self._stream.told(self._first_at, late, self._torn)
-            await self._wire.send(json.dumps(vars(told)).encode())
+            await self._wire.send(json.dumps({name: value for name, value in vars(told).items() if value}).encode())
         else:
             await self._wire.send(b"%d\n%b" % (self._status, self._body))
 

@@ -33,7 +33,8 @@ def judge(spec: CanarySpec, production: Counts, canary: Counts, elapsed_s: float
 
     Whatever is held against production has to be worse by more than is allowed even at the better end of its 95 %
     interval; of fewer than ``min_requests``, only where there are several failures. A canary that refuses requests
-    which production takes waits for a person: clients must not be able to send it back, nor may it go on like that.
+    which production takes, or does not come to an end where production does, waits for a person: clients must not be
+    able to send it back, nor may it go on like that.
 
     Args:
         production, canary: what each did since the step began.
@@ -43,10 +44,14 @@ def judge(spec: CanarySpec, production: Counts, canary: Counts, elapsed_s: float
         if found := fault(spec, production, canary):
             return Judgement(Decision.ROLL_BACK, found)
     if canary.requests >= spec.min_requests and production.requests:
-        usual = production.rejected / production.requests
-        if interval(canary.rejected / canary.requests, canary.requests)[0] > usual + spec.max_error_increase:
-            told = f"it refuses {canary.rejected} of {canary.requests} requests as mistakes, production {usual:.3f}"
-            return Judgement(Decision.HOLD, f"{told}; look into them, then promote it or roll it back")
+        for told, some, before in (
+            ("refuses {} of {} requests as mistakes", canary.rejected, production.rejected),
+            ("does not come to the end of {} of {} answers", canary.cut, production.cut),
+        ):
+            usual = before / production.requests
+            if interval(some / canary.requests, canary.requests)[0] > usual + spec.max_error_increase:
+                reason = f"it {told.format(some, canary.requests)}, production's share is {usual:.3f}"
+                return Judgement(Decision.HOLD, f"{reason}; look into them, then promote it or roll it back")
     for name, counts in (("the canary", canary), ("production", production)):
         if counts.judged < spec.min_requests:
             return Judgement(Decision.HOLD, f"{name} has answered fewer than {spec.min_requests} requests in this step")

@@ -6,9 +6,12 @@ Several replicas on a machine may share one port; the kernel gives each a share 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import resource
 import socket
+import sys
+import termios
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -122,6 +125,7 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if not self._over:
             self._end_head()
+            self._reads()  # it will be seen at the end of the answer, or when that has to wait
             if not self.parser.should_upgrade():
                 self._within = True
                 super().on_headers_complete()
@@ -154,18 +158,30 @@ class _Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._reads()
         super().resume_writing()
+        if not self._answering:
+            self._has_to_read()
 
     def _has_to_read(self) -> None:
         """The client has, what is written and has not gone: some of it each minute."""
         self._reads()
-        if left := self.transport.get_write_buffer_size():
+        if left := self._unread():
             self._reading = self.loop.call_later(STALLED_S, self._look, left)
 
     def _look(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:
+        if self._unread() < before:
             self._has_to_read()
         else:
             self.transport.abort()
+
+    def _unread(self) -> int:
+        """Bytes, with those that the kernel keeps for it: it takes more only when a third of its room is free. None,
+        where all is with the kernel."""
+        if not (ours := self.transport.get_write_buffer_size()):
+            return 0
+        kept = bytearray(4)
+        with suppress(OSError):
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, kept)
+        return ours + int.from_bytes(kept, sys.byteorder)
 
     def _reads(self) -> None:
         if self._reading is not None:

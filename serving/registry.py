@@ -124,17 +124,22 @@ def set_alias(model: str, alias: str, version: str, reason: str) -> None:
         _note(model, alias, version, before, reason)
 
 
-def deployed(model: str, version: str, unless: str | None) -> None:
-    """The traffic goes to ``version`` now, if what is served is not meanwhile another one than it was (``unless``)."""
+def deployed(model: str, version: str, unless: str | None) -> bool:
+    """The traffic goes to ``version`` now, if what is served is not meanwhile another one than it was (``unless``).
+
+    Returns:
+        Whether it does.
+    """
     with _writing(model):
         now = aliases(model)
         before = now.get(SERVED)
         if before != unless or before == version:
-            return
+            return before == version
         previous = before or now.pop(PREVIOUS, None)
         kept = {PREVIOUS: previous} if previous and previous != version else {}
         _write_aliases(model, now | kept | {SERVED: version})
         _note(model, SERVED, version, before, "deploy")
+        return True
 
 
 def settle(model: str, version: str, reason: str) -> None:

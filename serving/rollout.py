@@ -56,8 +56,12 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
         place.start_serve()
         registry.end_canary(version.model, "deploy")  # before: it might become production meanwhile
         served = registry.aliases(version.model).get(registry.SERVED)
-        bring(version.model, now, (version.version,), log)
-        registry.deployed(version.model, version.version, unless=served)
+        if now.versions:  # it may be unknown, or another since a deployment that was killed
+            running = place.production(version.model, now)
+            served = running if registry.deployed(version.model, running, unless=served) else served
+        bring(version.model, now, (version.version,), log, served)
+        if not registry.deployed(version.model, version.version, unless=served):
+            log("deploy: another command has moved the traffic meanwhile; see 'python -m serving status'")
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
     return {"model": version.model, "version": version.version, "url": now.url}
 
@@ -97,8 +101,8 @@ def promote(model: str, version: str, log: Log) -> dict[str, Any]:
     """
     found, now = registry.find(f"{model}@{version}"), _deployed(model)
     before = place.production(model, now)
-    registry.settle(model, before, "it is what serves")
     _warm(model, now, found.version, log)
+    registry.settle(model, before, "it is what serves")
     registry.promote(model, found.version, "promote")
     log(f"promote: {model} is {found.version}; {before} stays warm for a rollback")
     return {"model": model, "version": found.version, "previous": before}

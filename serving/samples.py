@@ -36,7 +36,7 @@ class Sampler:
     def wants(self) -> bool:
         """Whether the request that begins now is to be kept."""
         now, most = time.monotonic(), self._spec.max_per_minute
-        self._room = min(most, self._room + (now - self._since) * most / 60)
+        self._room = min(max(1.0, most), self._room + (now - self._since) * most / 60)
         self._since = now
         if random.random() >= self._spec.share or self._room < 1:
             return False

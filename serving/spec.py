@@ -123,7 +123,7 @@ class SamplingSpec(_Spec):
     """Answered requests that are kept, redacted, in ``WINNOW_HOME/samples``. Without this section none is."""
 
     share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Of all answered requests.")
-    max_per_minute: Annotated[float, Field(ge=1)] = Field(60, description="Of each ingress replica.")
+    max_per_minute: Annotated[float, Field(gt=0)] = Field(60, description="Of each ingress replica.")
     regions: tuple[Region, ...] = Field(REGIONS, description="Countries whose national ids are looked for.")
 
 

@@ -30,11 +30,12 @@ _ROOM_S = 900.0
 """How long a replica may wait for room: where a cluster grows by itself, a node with a GPU takes minutes to come."""
 
 
-def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
+def bring(model: str, now: Deployed, versions: Sequence[str], log: Log, served: str | None = None) -> None:
     """Make exactly ``versions`` warm. The first of them answers where no alias says otherwise.
 
     Args:
         now: what is deployed already, with the settings and the address that are wanted.
+        served: what the traffic went to when that was decided, if not to what it goes to now.
 
     Raises:
         ValueError: vLLM refused its settings, or no room came for a version.
@@ -48,7 +49,7 @@ def bring(model: str, now: Deployed, versions: Sequence[str], log: Log) -> None:
         log(f"deploy: no room for {', '.join(new)} beside what runs; waiting for replicas to end, or nodes to come")
     elif have and not room:
         log("deploy: no room for old and new at once; requests wait until the new replica is up")
-    served = registry.aliases(model).get(registry.SERVED)
+    served = served or registry.aliases(model).get(registry.SERVED)
     with _undone(model, now, room, log) as before:
         beside = have and new and (room or all_stay)
         if beside:

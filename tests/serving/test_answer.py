@@ -130,17 +130,18 @@ async def _sent(answer: Answer, replies: Replies) -> None:
     await (await answer.begin(replies))({"type": "http"}, receive, send)
 
 
-def choice(text: Any, ends: str) -> Handler:
-    """Whole or as a stream, as it is asked for."""
+def choice(text: Any, ends: str, at: str | None = None) -> Handler:
+    """Whole or as a stream, as it is asked for; ended at a word that was asked for."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         usage = {"prompt_tokens": 1, "completion_tokens": 5}
         if not (await request.json()).get("stream"):
-            message = {"index": 0, "message": {"content": text}, "finish_reason": ends}
+            message = {"index": 0, "message": {"content": text}, "finish_reason": ends, "stop_reason": at}
             return web.json_response({"id": "one", "choices": [message], "usage": usage})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        events = [{"index": 0, "delta": {"content": text}}, {"index": 0, "delta": {}, "finish_reason": ends}]
+        last = {"index": 0, "delta": {}, "finish_reason": ends, "stop_reason": at}
+        events = [{"index": 0, "delta": {"content": text}}, last]
         for event in events:
             await response.write(b"data: %b\n\n" % json.dumps({"id": "one", "choices": [event]}).encode())
         await response.write(b"data: %b\n\ndata: [DONE]\n\n" % json.dumps({"choices": [], "usage": usage}).encode())
@@ -151,27 +152,36 @@ def choice(text: Any, ends: str) -> Handler:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(
-    ("text", "ends", "asked", "invalid"),
+    ("text", "ends", "at", "asked", "invalid"),
     [
-        ('{"a": 1}', "stop", {}, 0),
-        ("sorry", "stop", {}, 1),
-        ('{"a": ', "length", {}, 1),  # the model did not come to an end
-        ('{"a": ', "length", {"max_tokens": 5}, 0),
-        ("sorry", "stop", {"max_tokens": 5}, 1),
-        ('{"a": ', "stop", {"stop": ["1"]}, 0),
-        ("x", "stop", {"logit_bias": {"5": 100}}, 0),
+        ('{"a": 1}', "stop", None, {}, 0),
+        ("sorry", "stop", None, {}, 1),
+        (
+            '{"a": ',
+            "length",
+            None,
+            {},
+            0,
+        ),  # by the room that its prompt left, or by what completions have without a word
+        ('{"a": ', "length", None, {"max_tokens": 5}, 0),
+        ("sorry", "stop", None, {"max_tokens": 5}, 1),
+        ('{"a": ', "stop", "1", {"stop": ["1"]}, 0),
+        ("sorry", "stop", None, {"stop": ["1"]}, 1),
+        ("x", "stop", None, {"logit_bias": {"5": 100}}, 0),
+        ("", "stop", None, {"add_generation_prompt": False}, 0),
     ],
 )
 def test_what_a_request_cut_off_itself_is_not_held_against_a_canary(
-    text: str, ends: str, asked: dict[str, Any], invalid: int, streamed: bool
+    text: str, ends: str, at: str | None, asked: dict[str, Any], invalid: int, streamed: bool
 ) -> None:
     counted: list[Counts] = []
 
     async def play(replies: Elsewhere) -> None:
         await _sent(made(counted, stream=streamed, **asked), replies)
 
-    answered(choice(text, ends), play)
-    assert [(one.requests, one.errors, one.invalid) for one in counted] == [(1, 0, invalid)]
+    answered(choice(text, ends, at), play)
+    found = [(one.requests, one.errors, one.invalid, one.cut) for one in counted]
+    assert found == [(1, 0, invalid, int(ends == "length"))], "and a person is told of those that have no end"
 
 
 def test_an_answer_of_another_shape_is_passed_on() -> None:
@@ -217,28 +227,47 @@ async def _many(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def _done(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    await response.write(b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\ndata: [DONE]\n\n')
+    return response
+
+
+async def _slowly(replies: Elsewhere, answer: Answer, at: int, never: bool = False) -> list[Any]:
+    """What was sent to a client that takes longer than the answer may for its message ``at``."""
+    response, sent = await answer.begin(replies), []
+
+    async def receive() -> dict[str, Any]:
+        while len(sent) <= at:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1 if never else 1.4)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == at + 1:
+            await asyncio.sleep(30 if never else 1.1)
+
+    await response({"type": "http"}, receive, send)
+    return sent
+
+
 @pytest.mark.parametrize("at", [0, 1], ids=["head", "body"])
 def test_a_client_that_does_not_read_is_charged_and_says_nothing_of_the_variant(at: int) -> None:
     counted: list[Counts] = []
     quota = Quota.of(None, 10_000, 0.0)
 
     async def play(replies: Elsewhere) -> None:
-        response = await made(counted, quota, stream=True, max_tokens=77).begin(replies)
-        sent: list[Any] = []
-
-        async def receive() -> dict[str, Any]:
-            while len(sent) <= at:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(1.2 if at else 0.1)
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-            if len(sent) == at + 1:
-                await asyncio.sleep(1.1 if at else 30)
-
-        await response({"type": "http"}, receive, send)
+        await _slowly(replies, made(counted, quota, stream=True, max_tokens=77), at, never=not at)
 
     answered(_many, play)
     assert counted == []
     assert quota.spent_since()[1] == 77
+
+
+def test_whoever_reads_the_last_words_slowly_has_them_all_the_same() -> None:
+    counted: list[Counts] = []
+    sent = answered(_done, lambda replies: _slowly(replies, made(counted, stream=True), 1))
+    assert b"".join(message.get("body", b"") for message in sent) == b"data: [DONE]\n\n"
+    assert [(one.requests, one.errors, one.completion_tokens) for one in counted] == [(1, 0, 3)]

@@ -68,6 +68,17 @@ def test_an_error_in_the_stream_is_seen() -> None:
     assert not Stream(show_usage=False, keep=False).told().done
 
 
+@pytest.mark.parametrize(("space", "ends"), [("", "length"), (" ", "stop")])
+def test_how_an_answer_ended_is_seen_without_keeping_it(space: str, ends: str) -> None:
+    stream = Stream(show_usage=False, keep=False)
+    last = {"index": 0, "delta": {}, "finish_reason": ends, "stop_reason": "x" if ends == "stop" else None}
+    body = json.dumps({"choices": [last]}, separators=(",", f":{space}"))
+    stream.feed(event(choices=[{"index": 0, "delta": {"content": 'no "length"'}, "finish_reason": None}]))
+    assert (stream.told().cut, stream.told().stopped) == (False, False)
+    stream.feed(f"data: {body}\n\n".encode() + DONE)
+    assert (stream.told().cut, stream.told().stopped) == (ends == "length", ends == "stop")
+
+
 def test_texts_of_several_choices() -> None:
     stream = Stream(show_usage=False, keep=True)
     stream.feed(delta("b", 1) + delta("a", 0) + delta("c", 1))

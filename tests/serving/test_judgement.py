@@ -33,6 +33,8 @@ def counts(requests: int = 200, seconds: float = 0.1, **more: float) -> Counts:
         (counts(), counts(errors=3), 60, Decision.ADVANCE, "3 errors"),
         (counts(rejected=90), counts(rejected=100), 60, Decision.ADVANCE, "0 errors"),
         (counts(), counts(rejected=100), 60, Decision.HOLD, "it refuses 100 of 200 requests"),
+        (counts(), counts(cut=40), 60, Decision.HOLD, "it does not come to the end of 40 of 200 answers"),
+        (counts(cut=40), counts(cut=40), 60, Decision.ADVANCE, ""),
         (counts(), counts(60, rejected=60), 600, Decision.HOLD, "it refuses 60 of 60 requests"),
         (counts(rejected=150), counts(rejected=160), 60, Decision.HOLD, "the canary has answered fewer than 50"),
         (counts(), counts(120, rejected=100, errors=10), 1, Decision.ROLL_BACK, "error rate 0.500 (10 of 20)"),

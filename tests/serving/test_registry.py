@@ -117,6 +117,9 @@ def test_models_are_listed_for_people_and_programs(home: Path, capsys) -> None:
         "aliases": {"production": version.version},
     }
     assert f"tickets@{version.version}  production" in err
+    registry.promote("tickets", version.version, "test")
+    assert main(["models"]) == 0
+    assert f"tickets@{version.version}  production, served\n" in capsys.readouterr().err
 
 
 def test_promoting_a_canary_ends_it_and_rolling_back_returns(home: Path) -> None:

@@ -75,3 +75,6 @@ def test_only_a_share_is_kept_and_no_more_than_so_many_a_minute(home: Path, monk
     assert sum(limited.wants() for _ in range(1000)) == 30
     now = 70.0
     assert sum(limited.wants() for _ in range(1000)) == 5
+    seldom = Sampler("tickets", SamplingSpec(share=1, max_per_minute=0.5))
+    now = 200.0
+    assert sum(seldom.wants() for _ in range(1000)) == 1
