@@ -174,8 +174,8 @@ class _Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def _unread(self) -> int:
-        """Bytes, with those that the kernel keeps for it: it takes more only when a third of its room is free. None,
-        where all is with the kernel."""
+        """Bytes, with those that the kernel keeps for it: it takes more only when a third of its room is free. 0 where
+        all is with the kernel."""
         if not (ours := self.transport.get_write_buffer_size()):
             return 0
         kept = bytearray(4)

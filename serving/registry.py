@@ -124,16 +124,19 @@ def set_alias(model: str, alias: str, version: str, reason: str) -> None:
         _note(model, alias, version, before, reason)
 
 
-def deployed(model: str, version: str, unless: str | None) -> bool:
-    """The traffic goes to ``version`` now, if what is served is not meanwhile another one than it was (``unless``).
+def set_served(model: str, version: str, was: str | None) -> bool:
+    """Have the traffic go to ``version``, which has been deployed.
+
+    Args:
+        was: what was served when that was decided; nothing is done where it is another one by now.
 
     Returns:
-        Whether it does.
+        Whether the traffic goes to ``version``.
     """
     with _writing(model):
         now = aliases(model)
         before = now.get(SERVED)
-        if before != unless or before == version:
+        if before != was or before == version:
             return before == version
         previous = before or now.pop(PREVIOUS, None)
         kept = {PREVIOUS: previous} if previous and previous != version else {}

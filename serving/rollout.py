@@ -58,9 +58,9 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
         served = registry.aliases(version.model).get(registry.SERVED)
         if now.versions:  # it may be unknown, or another since a deployment that was killed
             running = place.production(version.model, now)
-            served = running if registry.deployed(version.model, running, unless=served) else served
+            served = running if registry.set_served(version.model, running, was=served) else served
         bring(version.model, now, (version.version,), log, served)
-        if not registry.deployed(version.model, version.version, unless=served):
+        if not registry.set_served(version.model, version.version, was=served):
             log("deploy: another command has moved the traffic meanwhile; see 'python -m serving status'")
         log(f"ready after {time.monotonic() - started:.0f} s: {now.url}")
     return {"model": version.model, "version": version.version, "url": now.url}

@@ -156,13 +156,8 @@ def choice(text: Any, ends: str, at: str | None = None) -> Handler:
     [
         ('{"a": 1}', "stop", None, {}, 0),
         ("sorry", "stop", None, {}, 1),
-        (
-            '{"a": ',
-            "length",
-            None,
-            {},
-            0,
-        ),  # by the room that its prompt left, or by what completions have without a word
+        # by the room that its prompt left, or by what completions have without a word
+        ('{"a": ', "length", None, {}, 0),
         ('{"a": ', "length", None, {"max_tokens": 5}, 0),
         ("sorry", "stop", None, {"max_tokens": 5}, 1),
         ('{"a": ', "stop", "1", {"stop": ["1"]}, 0),

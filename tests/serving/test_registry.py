@@ -62,7 +62,7 @@ def test_sweeps_move_neither_the_traffic_nor_what_it_goes_back_to(home: Path) ->
     """However many of them are accepted; and one that is accepted again may be warm already."""
     first, second, *later = (put(home, name).version for name in ("one", "two", "three", "four"))
     registry.set_alias("tickets", "production", first, "run a")
-    registry.deployed("tickets", first, unless=None)
+    registry.set_served("tickets", first, was=None)
     registry.set_canary("tickets", second, 10, "canary")
     registry.promote("tickets", second, "promote")
     for accepted in (*later, first):
@@ -73,9 +73,9 @@ def test_sweeps_move_neither_the_traffic_nor_what_it_goes_back_to(home: Path) ->
         assert routes.choose("", "ada") == (second, "production")
         assert routes.choose("production", "ada") == (second, "direct")
     assert registry.roll_back("tickets", "worse") == first
-    registry.deployed("tickets", later[0], unless=first)
+    registry.set_served("tickets", later[0], was=first)
     assert registry.aliases("tickets") == {"production": first, "served": later[0], "previous": first}
-    registry.deployed("tickets", first, unless=second)
+    registry.set_served("tickets", first, was=second)
     assert registry.aliases("tickets")["served"] == later[0], "somebody else was faster"
     deployed = [entry for entry in registry.history("tickets") if entry["alias"] == "served"]
     assert [(entry["before"], entry["version"]) for entry in deployed] == [(None, first), (first, later[0])]
@@ -145,7 +145,7 @@ def test_promoting_a_canary_ends_it_and_rolling_back_returns(home: Path) -> None
 def test_what_serves_is_no_canary(home: Path) -> None:
     """It was promoted while it came up to be one."""
     first, second = put(home, "one").version, put(home, "two").version
-    registry.deployed("tickets", first, unless=None)
+    registry.set_served("tickets", first, was=None)
     registry.promote("tickets", second, "promote")
     with pytest.raises(ValueError, match="is production already"):
         registry.set_canary("tickets", second, 10, "canary")
