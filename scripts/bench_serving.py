@@ -1,11 +1,12 @@
 """One merged model behind Winnow and behind bare vLLM, asked in turns: ``python scripts/bench_serving.py --json``.
 
 Beside them bare vLLM with an adapter on that model at run time, as it would be without a merge. All are up at once
-with the same engine settings on the same cores, and only one is asked at a time, in turns for each round and
-concurrency. Every request streams a fixed number of tokens. Needs no account and no network: the model has the shape
-of the smallest that people chat with (0.1 billion parameters), random weights in 16 bits and the tiny base's
-vocabulary, unless ``--model`` names a registered one. With ``--shape tiny --requests 32 --each 16`` a step of the model
-costs next to nothing: that shows what is around it.
+with the same engine settings on the same cores, and only one is asked at a time, there and back in each round and
+concurrency (Winnow, bare, adapter, bare, Winnow): what changes in the machine meanwhile falls on both. Every request
+streams a fixed number of tokens. Needs no account and no network: the model has the shape of the smallest that people
+chat with (0.1 billion parameters), random weights in 16 bits and the tiny base's vocabulary, unless ``--model`` names a
+registered one. With ``--shape tiny --requests 32 --each 16`` a step of the model costs next to nothing: that shows what
+is around it.
 """
 
 from __future__ import annotations
@@ -61,17 +62,21 @@ async def measure(urls: dict[str, str], model: str, arguments: argparse.Namespac
     async with serving_load.session() as session:
         for turn in range(-1, arguments.rounds):  # the first round warms both up
             for concurrency in arguments.concurrency:
-                for side, url in urls.items():
-                    requests = max(arguments.requests, arguments.each * concurrency)
+                requests = max(arguments.requests, arguments.each * concurrency)
+                asked: dict[str, list[dict[str, float]]] = {side: [] for side in urls}
+                for side in [*urls, *list(urls)[-2::-1]]:
                     await asyncio.sleep(_SPINS_S)  # of the side that was asked before
-                    one = await _load(session, url, model, concurrency, requests, arguments.tokens)
+                    one = await _load(session, urls[side], model, concurrency, requests, arguments.tokens)
                     told = "  ".join(f"{key} {value:.4g}" for key, value in one.items())
                     print(
                         f"round {turn + 1} of {arguments.rounds}, {concurrency} at once, {side}: {told}",
                         file=sys.stderr,
                     )
-                    if turn >= 0:
-                        found[concurrency][side].append(one)
+                    asked[side].append(one)
+                if turn >= 0:
+                    for side, ones in asked.items():
+                        mean = {key: statistics.mean(one[key] for one in ones) for key in ones[0]}
+                        found[concurrency][side].append(mean)
     return [_compared(concurrency, sides) for concurrency, sides in found.items()]
 
 
