@@ -150,9 +150,10 @@ def version_dir(model: str, version: str) -> Path:
     return model_dir(model) / check_name("a model's version", version)
 
 
-def compiled_dir(model: str, version: str) -> Path:
-    """What vLLM compiled for a version, on nodes of any kind: safe to remove, and made anew then."""
-    return home() / "compiled" / check_name("a model's name", model) / check_name("a model's version", version)
+def compiled_dir(model: str, part: str) -> Path:
+    """What vLLM compiled for a version, or of ``part`` for all of a model's, on nodes of any kind: safe to remove, and
+    made anew then."""
+    return home() / "compiled" / check_name("a model's name", model) / check_name("a model's version", part)
 
 
 def samples_file(model: str, day: str) -> Path:

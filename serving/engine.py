@@ -33,6 +33,13 @@ _log = logging.getLogger("ray.serve")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
 """Of a replica's start, in their order."""
+_WARM_UP: tuple[dict[str, Any], ...] = (
+    {"max_tokens": 16, "ignore_eos": True, "temperature": 1.0},
+    {"max_tokens": 16, "ignore_eos": True, "logprobs": 1},
+    {"max_tokens": 4, "structured_outputs": {"choice": ["a", "b"]}},
+)
+"""Of what vLLM makes when it is first asked for, most is compiled twice: for one request, and for several at once.
+Greedy answers need none of it; the first two that sampled held up all others for three to nine seconds each."""
 _WATCH_S, _ASK_S, _LAST_WORDS_S = 0.1, 5.0, 0.1
 _EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
 """vLLM's name for a model that the engine's core runs itself."""
@@ -81,12 +88,15 @@ class LeasedServer(LLMServer):
         self._background = [asyncio.create_task(one) for one in watched]
 
     async def _warm_up(self) -> None:
-        """Generate once before Serve calls the replica ready: the first user does not wait for it."""
+        """Generate before Serve calls the replica ready: no user waits for what is made at its first use."""
+        for wanted in _WARM_UP:
+            for at_once in (1, 2):
+                await asyncio.gather(*(self._generate(wanted) for _ in range(at_once)))
+
+    async def _generate(self, wanted: dict[str, Any]) -> None:
         from ray.serve.llm.openai_api_models import CompletionRequest
 
-        request = CompletionRequest.model_validate(
-            {"model": self._llm_config.model_id, "prompt": "warm up", "max_tokens": 4, "temperature": 0}
-        )
+        request = CompletionRequest.model_validate({"model": self._llm_config.model_id, "prompt": "warm up"} | wanted)
         async for _ in await self.completions(request):
             pass
 
@@ -203,10 +213,12 @@ def environment(spec: ServingSpec) -> dict[str, str]:
 
 
 def _kept_compiled(version: ModelVersion) -> dict[str, str]:
-    """The caches of vLLM and of what it compiles with: beside the version, which is immutable."""
+    """The caches of vLLM and of what it compiles with: beside the version, which is immutable. What inductor makes for
+    the sampler is the same for each version of a model, so a new one finds it."""
     kept = paths.compiled_dir(version.model, version.version)
-    names = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    return {name: str(kept / directory) for name, directory in names.items()}
+    caches = {"VLLM_CACHE_ROOT": kept / "vllm", "TRITON_CACHE_DIR": kept / "triton"}
+    caches["TORCHINDUCTOR_CACHE_DIR"] = paths.compiled_dir(version.model, "inductor")
+    return {name: str(directory) for name, directory in caches.items()}
 
 
 def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
