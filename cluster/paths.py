@@ -151,9 +151,9 @@ def version_dir(model: str, version: str) -> Path:
 
 
 def compiled_dir(model: str, part: str) -> Path:
-    """What vLLM compiled for a version, or of ``part`` for all of a model's, on nodes of any kind: safe to remove, and
-    made anew then."""
-    return home() / "compiled" / check_name("a model's name", model) / check_name("a model's version", part)
+    """What vLLM compiled on nodes of any kind, for a version or, by another name, for all of a model's: safe to remove,
+    and made anew then."""
+    return home() / "compiled" / check_name("a model's name", model) / check_name("a part's name", part)
 
 
 def samples_file(model: str, day: str) -> Path:
