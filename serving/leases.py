@@ -97,7 +97,8 @@ class _Lease:
     async def turned(self, within_s: float) -> bool:
         """Whether it was taken or left within that time."""
         try:
-            await asyncio.wait_for(self._turn.wait(), within_s)
+            async with asyncio.timeout(within_s):  # wait_for loses a cancellation that comes with the turn
+                await self._turn.wait()
         except TimeoutError:
             return False
         self._turn.clear()

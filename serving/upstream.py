@@ -25,8 +25,11 @@ from serving.handover import Begun, Broken, Gone, Lending, Line
 _TRIES, _PAUSE_S, _LONGER = 8, 0.2, 1.5
 """How many new places are tried that turn out to be gone, for nothing was sent to them yet, and how long after each
 other: Ray may take seconds to see that a replica died."""
-_KEPT_S, _OLDEST_S = 0.1, (4.0, 8.0)
+_KEPT_S = 0.1
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
+_GOOD_S, _SOON_S = (4.0, 8.0), 0.2
+"""For how long it is where Serve would send a request, give or take; and how long, once it is used after that, until
+Serve is asked: not while its request waits for its first token."""
 
 Reply = aiohttp.ClientResponse | Begun
 """The head of an answer: its ``status``, and its body by ``read()`` where it is no stream."""
@@ -55,8 +58,11 @@ class Place:
     token: str
     call: Any
     until: float
-    """When it is given back: replicas come and go, and one that is to end waits for its leases."""
+    """When Serve has to choose anew: replicas come and go, and one that is to end waits for its leases."""
     free_since: float = 0.0
+    renewal: asyncio.Task[None] | None = None
+    in_doubt: bool = False
+    """Serve was asked, and has not chosen this replica again."""
     _line: Line | None = None
 
     def line(self) -> Line | None:
@@ -69,6 +75,8 @@ class Place:
     def give_up(self) -> None:
         """For good, and with it what is answered there."""
         self.call.cancel()
+        if self.renewal:
+            self.renewal.cancel()
         if self._line:
             self._line.close()
 
@@ -209,7 +217,7 @@ class Replies:
         waiting.add(first)
         try:
             address, desk, token = await first
-            return Place(address, desk, token, call, time.monotonic() + random.uniform(*_OLDEST_S))
+            return Place(address, desk, token, call, _good_until())
         except BackPressureError as error:
             raise Overloaded(f"{model}@{version} is overloaded; try again") from error
         except (RayServeException, RayError, StopAsyncIteration):
@@ -229,14 +237,34 @@ class Replies:
         while free:
             place = free.pop()
             if now - place.free_since < _KEPT_S:
+                if now > place.until and place.renewal is None:
+                    place.renewal = asyncio.create_task(self._renew(model, version, place))
                 return place
             place.give_up()
         return None
 
+    async def _renew(self, model: str, version: str, place: Place) -> None:
+        """Ask Serve for a place as if there were none, while this one is used: no request waits for what Serve takes to
+        answer. If that is in the same replica, the old one is as good; if not, or if there is none now, the old one is
+        given up once its request is done."""
+        await asyncio.sleep(_SOON_S)
+        place.in_doubt = True
+        try:
+            other = await self._lease(model, version)
+        except (Overloaded, Left):
+            return
+        if other is None:
+            return
+        if other.address != place.address:
+            self._keep(model, version, other)
+            return
+        other.give_up()
+        place.until, place.in_doubt, place.renewal = _good_until(), False, None
+
     def _keep(self, model: str, version: str, place: Place) -> None:
         """For the next request, for a moment."""
         place.free_since = time.monotonic()
-        if place.free_since > place.until:
+        if place.in_doubt:
             place.give_up()
             return
         self._free.setdefault((model, version), []).append(place)
@@ -270,6 +298,11 @@ class Replies:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         return await self._session.post(url, data=payload, headers={"Content-Type": "application/json"} | headers)
+
+
+def _good_until() -> float:
+    """Not for all in one moment: asking for all of them anew made a pause."""
+    return time.monotonic() + random.uniform(*_GOOD_S)
 
 
 async def pieces(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -114,6 +114,46 @@ def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch
     scenario(monkeypatch, play)
 
 
+def test_serve_chooses_anew_now_and_then_and_no_request_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        monkeypatch.setattr(upstream, "_GOOD_S", (0.1, 0.1))
+        monkeypatch.setattr(upstream, "_SOON_S", 0.0)
+        tokens, began = set[str](), asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < began + 0.8:
+            await ask(replies, 0.01)
+            tokens |= {place.token for place in replies._free["tickets", "v1"]}
+        assert handle.calls > 3
+        assert len(tokens) == 1, "Serve chose the same replica, and the place in it is the same"
+        await until(lambda: replica._held == {})
+
+        other = Leases(application, "127.0.0.1", _well)
+        await ask(replies)
+        handle.replica = other
+        began = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < began + 0.5:
+            await ask(replies, 0.01)
+        assert [len(one._held) for one in (replica, other)] == [0, 1], "requests go where Serve would send them now"
+        await until(lambda: other._held == {})
+        await other.close()
+
+    scenario(monkeypatch, play)
+
+
+def test_a_place_that_serve_does_not_give_again_is_left_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        monkeypatch.setattr(upstream, "_GOOD_S", (0.1, 0.1))
+        monkeypatch.setattr(upstream, "_SOON_S", 0.0)
+        await ask(replies, 0.11)
+        served, handle.remote = handle.remote, lambda: Call(_full())
+        assert await ask(replies, 0.1) == b"ok", "its time is over, and it is there"
+        assert replies._free["tickets", "v1"] == []
+        await until(lambda: replica._held == {} and not replies._waiting["tickets", "v1"])
+        handle.remote = served
+        assert await ask(replies) == b"ok"
+
+    scenario(monkeypatch, play)
+
+
 def test_a_long_answer_keeps_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(replica, handle, replies) -> None:
         assert await ask(replies, 1.0) == b"ok"
@@ -201,6 +241,12 @@ def test_a_replica_whose_engine_died_lets_nobody_in(monkeypatch: pytest.MonkeyPa
 
 async def _well() -> None:
     """The engine's health, when it is."""
+
+
+async def _full() -> AsyncIterator[tuple[str, str]]:
+    """As many use the replica as may, and whoever wants a place waits."""
+    await asyncio.Event().wait()
+    yield "", ""
 
 
 async def _nothing() -> AsyncIterator[tuple[str, str]]:
