@@ -18,8 +18,9 @@ _SECTIONS = ("override_generation_config", "structured_outputs_config")
 """Of vLLM's engine: mappings to which Winnow adds its own."""
 _REPORTS_S = 10
 """Serve's replicas and handles tell their load every so many seconds."""
-_ENDS_S = 10
-"""What a replica takes to end after its last answer, and more."""
+_ENDS_S = 20
+"""What a replica takes to end after its last answer, and for how long its leases may be used once Serve sends it nothing
+more (``upstream``)."""
 
 
 class _Spec(BaseModel):

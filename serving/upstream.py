@@ -27,9 +27,12 @@ _TRIES, _PAUSE_S, _LONGER = 8, 0.2, 1.5
 other: Ray may take seconds to see that a replica died."""
 _KEPT_S = 0.1
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
-_GOOD_S, _SOON_S = (4.0, 8.0), 0.2
-"""For how long it is where Serve would send a request, give or take; and how long, once it is used after that, until
-Serve is asked: not while its request waits for its first token."""
+_GOOD_S, _LONG_S = (4.0, 8.0), 5.0
+"""How long a choice of Serve's holds, give or take; and for how long after that Serve is asked anew beside a request,
+and not before it. A replica that is to end waits for its leases, and for one answer of each after that."""
+_SOON_S, _ANSWER_S = 0.2, 0.5
+"""How long after a request is sent Serve is asked: most have their first token then. And how long that may take: to
+Serve it is a request like any, which takes the place of others where all are busy."""
 
 Reply = aiohttp.ClientResponse | Begun
 """The head of an answer: its ``status``, and its body by ``read()`` where it is no stream."""
@@ -61,8 +64,6 @@ class Place:
     """When Serve has to choose anew: replicas come and go, and one that is to end waits for its leases."""
     free_since: float = 0.0
     renewal: asyncio.Task[None] | None = None
-    in_doubt: bool = False
-    """Serve was asked, and has not chosen this replica again."""
     _line: Line | None = None
 
     def line(self) -> Line | None:
@@ -71,6 +72,11 @@ class Place:
             self._line = Line.to(self.desk)
             self.desk = self.desk if self._line else ""
         return self._line
+
+    @property
+    def is_over(self) -> bool:
+        """Serve was asked anew, and has not chosen this replica again."""
+        return self.renewal is not None and self.renewal.done()
 
     def give_up(self) -> None:
         """For good, and with it what is answered there."""
@@ -236,7 +242,7 @@ class Replies:
         free, now = self._free.get((model, version), []), time.monotonic()
         while free:
             place = free.pop()
-            if now - place.free_since < _KEPT_S:
+            if now - place.free_since < _KEPT_S and now < place.until + _LONG_S and not place.is_over:
                 if now > place.until and place.renewal is None:
                     place.renewal = asyncio.create_task(self._renew(model, version, place))
                 return place
@@ -244,14 +250,14 @@ class Replies:
         return None
 
     async def _renew(self, model: str, version: str, place: Place) -> None:
-        """Ask Serve for a place as if there were none, while this one is used: no request waits for what Serve takes to
-        answer. If that is in the same replica, the old one is as good; if not, or if there is none now, the old one is
-        given up once its request is done."""
+        """Ask Serve for a place while this one is used, so that no request waits for its choice. If it chooses the same
+        replica, the old place is as good. If another, which has fewer requests, or none in time, the old one is given
+        up once its request is done."""
         await asyncio.sleep(_SOON_S)
-        place.in_doubt = True
         try:
-            other = await self._lease(model, version)
-        except (Overloaded, Left):
+            async with asyncio.timeout(_ANSWER_S):
+                other = await self._lease(model, version)
+        except (Overloaded, Left, TimeoutError):
             return
         if other is None:
             return
@@ -259,12 +265,12 @@ class Replies:
             self._keep(model, version, other)
             return
         other.give_up()
-        place.until, place.in_doubt, place.renewal = _good_until(), False, None
+        place.until, place.renewal = _good_until(), None
 
     def _keep(self, model: str, version: str, place: Place) -> None:
-        """For the next request, for a moment."""
+        """For the next request, for a moment, unless it is over."""
         place.free_since = time.monotonic()
-        if place.in_doubt:
+        if place.is_over:
             place.give_up()
             return
         self._free.setdefault((model, version), []).append(place)

@@ -114,23 +114,22 @@ def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch
     scenario(monkeypatch, play)
 
 
-def test_serve_chooses_anew_now_and_then_and_no_request_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_chooses_anew_now_and_then_beside_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(replica, handle, replies) -> None:
+        monkeypatch.setattr(upstream, "_KEPT_S", 0.5)
         monkeypatch.setattr(upstream, "_GOOD_S", (0.1, 0.1))
         monkeypatch.setattr(upstream, "_SOON_S", 0.0)
-        tokens, began = set[str](), asyncio.get_running_loop().time()
-        while asyncio.get_running_loop().time() < began + 0.8:
+        tokens, loop = set[str](), asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() < began + 0.8:
             await ask(replies, 0.01)
             tokens |= {place.token for place in replies._free["tickets", "v1"]}
         assert handle.calls > 3
         assert len(tokens) == 1, "Serve chose the same replica, and the place in it is the same"
-        await until(lambda: replica._held == {})
 
-        other = Leases(application, "127.0.0.1", _well)
-        await ask(replies)
-        handle.replica = other
-        began = asyncio.get_running_loop().time()
-        while asyncio.get_running_loop().time() < began + 0.5:
+        handle.replica = other = Leases(application, "127.0.0.1", _well)
+        began = loop.time()
+        while loop.time() < began + 0.5:
             await ask(replies, 0.01)
         assert [len(one._held) for one in (replica, other)] == [0, 1], "requests go where Serve would send them now"
         await until(lambda: other._held == {})
@@ -139,17 +138,41 @@ def test_serve_chooses_anew_now_and_then_and_no_request_waits_for_it(monkeypatch
     scenario(monkeypatch, play)
 
 
-def test_a_place_that_serve_does_not_give_again_is_left_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_place_that_serve_does_not_give_again_is_left_with_its_request(
+    monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
     async def play(replica, handle, replies) -> None:
         monkeypatch.setattr(upstream, "_GOOD_S", (0.1, 0.1))
         monkeypatch.setattr(upstream, "_SOON_S", 0.0)
+        monkeypatch.setattr(upstream, "_ANSWER_S", 60 if leaves else 0.1)
         await ask(replies, 0.11)
         served, handle.remote = handle.remote, lambda: Call(_full())
-        assert await ask(replies, 0.1) == b"ok", "its time is over, and it is there"
+        waiting = replies._waiting["tickets", "v1"]
+        used_on = asyncio.create_task(ask(replies, 0.5))
+        await until(lambda: len(waiting) == 1)
+        if leaves:
+            replies.keep_to("tickets", ("v2",))
+        await until(lambda: not waiting)
+        assert not used_on.done(), "nobody waits in Serve for what is not needed yet"
+        assert await used_on == b"ok", "its time is over, and it is there"
         assert replies._free["tickets", "v1"] == []
-        await until(lambda: replica._held == {} and not replies._waiting["tickets", "v1"])
+        await until(lambda: replica._held == {}, 0.3)
         handle.remote = served
         assert await ask(replies) == b"ok"
+
+    scenario(monkeypatch, play)
+
+
+def test_after_a_long_answer_serve_chooses_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        monkeypatch.setattr(upstream, "_GOOD_S", (0.05, 0.05))
+        monkeypatch.setattr(upstream, "_LONG_S", 0.05)
+        await ask(replies, 0.15)
+        (token,) = replica._held
+        await ask(replies)  # a replica that is to end answers no second one of that length
+        assert handle.calls == 2
+        assert token not in replica._held
 
     scenario(monkeypatch, play)
 
