@@ -19,8 +19,8 @@ _SECTIONS = ("override_generation_config", "structured_outputs_config")
 _REPORTS_S = 10
 """Serve's replicas and handles tell their load every so many seconds."""
 _ENDS_S = 20
-"""What a replica takes to end after its last answer, and for how long its leases may be used once Serve sends it nothing
-more (``upstream``)."""
+"""What a replica takes to end after its last answer, and for how long its leases may be used when Serve sends nothing
+to it any more (``upstream``)."""
 
 
 class _Spec(BaseModel):

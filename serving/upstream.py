@@ -52,7 +52,7 @@ class Left(Exception):
     """The version takes no requests any more. Nothing was sent to it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """A lease: where it is, what opens it, and Serve's call that holds it."""
 
@@ -62,7 +62,8 @@ class Place:
     call: Any
     until: float
     """When Serve has to choose anew: replicas come and go, and one that is to end waits for its leases."""
-    free_since: float = 0.0
+    end: asyncio.TimerHandle | None = None
+    """While it is kept for the next request."""
     renewal: asyncio.Task[None] | None = None
     _line: Line | None = None
 
@@ -242,7 +243,9 @@ class Replies:
         free, now = self._free.get((model, version), []), time.monotonic()
         while free:
             place = free.pop()
-            if now - place.free_since < _KEPT_S and now < place.until + _LONG_S and not place.is_over:
+            if place.end:
+                place.end.cancel()
+            if now < place.until + _LONG_S and not place.is_over:
                 if now > place.until and place.renewal is None:
                     place.renewal = asyncio.create_task(self._renew(model, version, place))
                 return place
@@ -269,17 +272,17 @@ class Replies:
 
     def _keep(self, model: str, version: str, place: Place) -> None:
         """For the next request, for a moment, unless it is over."""
-        place.free_since = time.monotonic()
         if place.is_over:
             place.give_up()
             return
-        self._free.setdefault((model, version), []).append(place)
-        asyncio.get_running_loop().call_later(_KEPT_S, self._let_go, model, version)
+        free = self._free.setdefault((model, version), [])
+        free.append(place)
 
-    def _let_go(self, model: str, version: str) -> None:
-        free, now = self._free[model, version], time.monotonic()
-        while free and now - free[0].free_since >= _KEPT_S:
-            free.pop(0).give_up()
+        def let_go() -> None:
+            free.remove(place)
+            place.give_up()
+
+        place.end = asyncio.get_running_loop().call_later(_KEPT_S, let_go)
 
     @asynccontextmanager
     async def from_endpoint(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+import uvloop
 from conftest import until
 
 from serving import leases, listener, upstream
@@ -71,7 +72,8 @@ def scenario(monkeypatch: pytest.MonkeyPatch, play: Callable[[Leases, Handle, Re
             await replies.close()
             await replica.close()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as in Ray's workers
+        runner.run(run())
 
 
 async def ask(replies: Replies, seconds: float = 0.0, wait_s: float = 5) -> bytes:
@@ -110,6 +112,16 @@ def test_a_port_opens_by_a_lease_alone_and_for_one_request_at_a_time(monkeypatch
         assert await status(place.token) == 200
         await until(lambda: replica._held == {})  # it was not used for too long
         assert await status(place.token) == NO_LEASE
+
+    scenario(monkeypatch, play)
+
+
+def test_a_place_that_nobody_takes_is_let_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(replica, handle, replies) -> None:
+        monkeypatch.setattr(leases, "IDLE_S", 60)
+        for _ in range(10):
+            assert await ask(replies) == b"ok"
+            await until(lambda: replica._held == {}, 0.5)
 
     scenario(monkeypatch, play)
 
@@ -230,8 +242,8 @@ def test_a_kept_place_in_a_replica_that_is_gone_is_left_for_another(monkeypatch:
         assert token not in replica._held
         gone = await replies._lease("tickets", "v1")
         assert gone is not None
-        gone.address, gone.free_since = "http://127.0.0.1:9", asyncio.get_running_loop().time()
-        replies._free["tickets", "v1"].append(gone)
+        gone.address = "http://127.0.0.1:9"
+        replies._keep("tickets", "v1", gone)
         assert await ask(replies) == b"ok"
         handle.remote = lambda: Call(_nothing())  # no replica is left
         replies._free.clear()
