@@ -29,7 +29,8 @@ _KEPT_S = 0.1
 """Serve takes a lease for a request, used or not: those that are kept for long make replicas that nobody needs."""
 _GOOD_S, _LONG_S = (4.0, 8.0), 5.0
 """How long a choice of Serve's holds, give or take; and for how long after that Serve is asked anew beside a request,
-and not before it. A replica that is to end waits for its leases, and for one answer of each after that."""
+and not before it. A replica that is to end waits for its leases, and for one answer of each after that: within
+``spec._ENDS_S``, and what an answer may take."""
 _SOON_S, _ANSWER_S = 0.2, 0.5
 """How long after a request is sent Serve is asked: most have their first token then. And how long that may take: to
 Serve it is a request like any, which takes the place of others where all are busy."""
@@ -63,7 +64,7 @@ class Place:
     until: float
     """When Serve has to choose anew: replicas come and go, and one that is to end waits for its leases."""
     end: asyncio.TimerHandle | None = None
-    """While it is kept for the next request."""
+    """Gives it up, where no request takes it once it is kept."""
     renewal: asyncio.Task[None] | None = None
     _line: Line | None = None
 
@@ -253,9 +254,9 @@ class Replies:
         return None
 
     async def _renew(self, model: str, version: str, place: Place) -> None:
-        """Ask Serve for a place while this one is used, so that no request waits for its choice. If it chooses the same
-        replica, the old place is as good. If another, which has fewer requests, or none in time, the old one is given
-        up once its request is done."""
+        """Ask Serve for a place while this one is used. If it chooses the same replica, the old place is as good, and no
+        request waits for the choice. If another, which has fewer requests, that place is kept as any is; then, or if
+        there is none in time, the old one is given up once its request is done."""
         await asyncio.sleep(_SOON_S)
         try:
             async with asyncio.timeout(_ANSWER_S):
