@@ -254,8 +254,8 @@ class Replies:
         return None
 
     async def _renew(self, model: str, version: str, place: Place) -> None:
-        """Ask Serve for a place while this one is used. If it chooses the same replica, the old place is as good, and no
-        request waits for the choice. If another, which has fewer requests, that place is kept as any is; then, or if
+        """Ask Serve for a place while this one is used. If it chooses the same replica, the old place is as good, and
+        no request waits for the choice. If another, which has fewer requests, that place is kept as any is; then, or if
         there is none in time, the old one is given up once its request is done."""
         await asyncio.sleep(_SOON_S)
         try:
