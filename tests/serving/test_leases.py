@@ -13,7 +13,7 @@ import pytest
 import uvloop
 from conftest import until
 
-from serving import leases, listener, upstream
+from serving import leases, listener, spec, upstream
 from serving.leases import HEADER, NO_LEASE, Leases
 from serving.upstream import Left, Overloaded, Replies
 
@@ -185,6 +185,10 @@ def test_after_a_long_answer_serve_chooses_before_the_next_one(monkeypatch: pyte
         assert token not in replica._held
 
     scenario(monkeypatch, play)
+
+
+def test_a_replica_that_ends_has_time_for_what_its_leases_last_begin() -> None:
+    assert max(upstream._GOOD_S) + upstream._LONG_S < spec._ENDS_S
 
 
 def test_a_long_answer_keeps_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
