@@ -137,10 +137,15 @@ class Engine:
         return slot
 
     def evict(self, trial_id: str, ending: str = "evicted") -> None:
-        """Free a trial's slot, whatever it was doing."""
+        """Free a trial's slot, whatever it was doing; what it learned since its last report is lost."""
         for slot in [slot for slot in self.slots if slot.trial_id == trial_id]:
             self.counters.steps_past_stop += len(slot.progress.losses)
             self._leave(slot, ending)
+
+    def hand_over(self, slot: Slot, directory: Path) -> None:
+        """Free the slot of a trial that goes on elsewhere from what this writes, to the same bits."""
+        slot.save(directory)
+        self._leave(slot, "moved")
 
     def advance(self) -> list[Evaluated | Failed]:
         """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots.

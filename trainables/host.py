@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,17 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     return engines
 
 
+def even_out(engines: Sequence[ray.actor.ActorHandle]) -> None:
+    """Move trials from busy engines to idle ones. For one caller at a time, and once no other trial is to come."""
+    with suppress(RayActorError):  # what becomes of a lost engine's trials, they find out themselves
+        while move := placement.evener(occupancies := _occupancies(engines)):
+            trial_id, here, there = move
+            if not ray.get(engines[there].reserve.remote(trial_id, occupancies[here].buckets[trial_id])):
+                return
+            if not ray.get(engines[here].leave.remote(trial_id, there)):
+                engines[there].evict.remote(trial_id)  # it has ended meanwhile
+
+
 def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
     for engine in engines:
         ray.kill(engine)
@@ -105,7 +116,7 @@ class EngineHost:
         self.changed = threading.Condition()
         self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
-        self.moved = set[str]()
+        self.leaving: dict[str, int] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -142,9 +153,10 @@ class EngineHost:
         return self.engine.capacity
 
     def reserve(self, trial_id: str, bucket: Bucket) -> bool:
-        """Keep a slot for a trial, if one is free."""
+        """Keep a slot for a trial, if one is free; not for one that has not left yet."""
         with self.changed:
-            if trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity:
+            full = trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity
+            if full or trial_id in self.leaving:
                 return False
             self.outboxes.open(trial_id)
             self.buckets[trial_id] = bucket
@@ -152,9 +164,10 @@ class EngineHost:
 
     def occupancy(self) -> Occupancy:
         with self.changed:
-            return Occupancy(
-                self.engine.capacity - len(self.outboxes), [self.buckets[trial_id] for trial_id in self.outboxes]
-            )
+            buckets = {trial_id: self.buckets[trial_id] for trial_id in self.outboxes if trial_id not in self.leaving}
+            judged, here = self.outboxes.judged, {slot.trial_id for slot in list(self.engine.slots)}
+            movable = (here & buckets.keys()) - judged
+            return Occupancy(self.engine.capacity - len(self.outboxes), buckets, judged, movable)
 
     def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
         """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
@@ -172,15 +185,15 @@ class EngineHost:
         """Free a trial's slot before the next step. A trial that is not here is none of its business."""
         with self.changed:
             self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
+            self.leaving.pop(trial_id, None)
             self.outboxes.close(trial_id)
 
-    def leave(self, trial_id: str) -> bool:
-        """Free the slot of a trial that goes on elsewhere from its last report; False where it has ended."""
+    def leave(self, trial_id: str, place: int) -> bool:
+        """Hand a trial over before its next step, to go on in the engine at ``place``; False where it has ended."""
         with self.changed:
             if trial_id not in self.outboxes:
                 return False
-            self.moved.add(trial_id)
-            self.outboxes.close(trial_id)
+            self.leaving[trial_id] = place
             return True
 
     def decided(self, trial_id: str) -> None:
@@ -190,9 +203,9 @@ class EngineHost:
 
     def measure(self, adapter: dict[str, bytes]) -> dict[str, float]:
         """What an adapter's files answer; other trials train on meanwhile."""
-        with tempfile.TemporaryDirectory(prefix="winnow-measure-") as scratch:
-            files.write_tree(Path(scratch), adapter)
-            return self.examiner.measure(Path(scratch))
+        with _scratch("measure") as scratch:
+            files.write_tree(scratch, adapter)
+            return self.examiner.measure(scratch)
 
     def account(self) -> dict[str, Any]:
         """Counted work, which trial held which slot from when to when, and what the engine knows of its memory."""
@@ -224,8 +237,10 @@ class EngineHost:
             coming = {config.trial_id for config, _ in arriving}  # back before its old slot was free
             for slot in list(self.engine.slots):
                 if slot.trial_id not in self.outboxes or slot.trial_id in coming:
-                    self.engine.evict(slot.trial_id, "moved" if slot.trial_id in self.moved else "evicted")
-                    self.moved.discard(slot.trial_id)
+                    self.engine.evict(slot.trial_id)
+            going = [(slot, self.leaving[slot.trial_id]) for slot in self.engine.slots if slot.trial_id in self.leaving]
+        for slot, place in going:
+            self._hand_over(slot, place)
         for config, checkpoint in arriving:
             self._admit(config, checkpoint)
         if self.engine.slots:
@@ -234,17 +249,25 @@ class EngineHost:
     def _admit(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> None:
         import torch
 
-        with tempfile.TemporaryDirectory(prefix=f"winnow-{config.trial_id}-") as scratch:
+        with _scratch(config.trial_id) as scratch:
             if checkpoint is not None:
-                files.write_tree(Path(scratch), checkpoint)
+                files.write_tree(scratch, checkpoint)
             try:
-                slot = self.engine.admit(config, Path(scratch) if checkpoint is not None else None)
+                slot = self.engine.admit(config, scratch if checkpoint is not None else None)
                 if slot.ended:  # whoever took its last report did not live to say so
                     self.engine.evict(config.trial_id, "ended")
                     self._tell(config.trial_id, END)
             except Exception as error:  # one trial's checkpoint or settings must not end its neighbours
                 reason = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
                 self._tell(config.trial_id, ("failed", reason, f"{type(error).__name__}: {error}"))
+
+    def _hand_over(self, slot: Any, place: int) -> None:
+        with _scratch(slot.trial_id) as scratch:
+            self.engine.hand_over(slot, scratch / "state")
+            state = files.read_tree(scratch / "state")
+        with self.changed:
+            self.leaving.pop(slot.trial_id, None)
+            self._tell(slot.trial_id, ("moved", place, state))
 
     def _deliver(self, events: Sequence[Any]) -> None:
         from trainables.engine import Failed
@@ -253,9 +276,9 @@ class EngineHost:
             if isinstance(event, Failed):
                 self._tell(event.slot.trial_id, ("failed", event.reason, event.message))
                 continue
-            with tempfile.TemporaryDirectory(prefix="winnow-checkpoint-") as scratch:
-                event.slot.save(Path(scratch) / "checkpoint", event.report)
-                saved = files.read_tree(Path(scratch) / "checkpoint")
+            with _scratch("checkpoint") as scratch:
+                event.slot.save(scratch / "checkpoint", event.report)
+                saved = files.read_tree(scratch / "checkpoint")
             self._tell(event.slot.trial_id, ("report", event.report, saved))
             if event.slot.ended:
                 self._tell(event.slot.trial_id, END)
@@ -282,14 +305,14 @@ def run_trial(
     checkpoint = files.read_tree(resume_from) if resume_from else None
     relay, place = _Relay(engines, config, workdir, report, checkpoint), None
     while not relay.ended:
-        here = _reserve(engines, config) if place is None else place
+        here, place = _reserve(engines, config) if place is None else place, None
         try:
             place = relay.follow(here)
         except RayActorError:
-            place = None
             time.sleep(_POLL_S)  # Ray is starting it again, or another engine has a slot
         finally:
-            engines[here].evict.remote(config.trial_id)
+            if place is None:
+                engines[here].evict.remote(config.trial_id)
 
 
 def measure(engines: Sequence[ray.actor.ActorHandle], adapter: Path) -> dict[str, float]:
@@ -307,6 +330,12 @@ def measure(engines: Sequence[ray.actor.ActorHandle], adapter: Path) -> dict[str
             time.sleep(_POLL_S)  # Ray is starting it again
 
 
+@contextmanager
+def _scratch(name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=f"winnow-{name}-") as directory:
+        yield Path(directory)
+
+
 @dataclass
 class _Relay:
     """A trial's process: what it hands to the engines and what it takes from them."""
@@ -319,19 +348,20 @@ class _Relay:
     ended: bool = False
 
     def follow(self, here: int) -> int | None:
-        """Train in one engine, to the end or until another one has become better: that one, with a slot reserved."""
+        """Train in one engine, to the end or until it hands the trial over: the other's place, its slot reserved."""
         engine = self.engines[here]
         messages: Any = engine.train.options(num_returns="streaming").remote(self.config, self.checkpoint)
         for reference in messages:
             kind, first, second = ray.get(reference)
             if kind == "failed":
                 raise TrialFailure(first, second)
+            if kind == "moved":
+                self.checkpoint = second
+                return first
             if kind == "ended":
                 break
             self._reported(first, second)
             engine.decided.remote(self.config.trial_id)
-            if (place := self._moves(here)) is not None:
-                return place
         self.ended = True
         return None
 
@@ -341,19 +371,6 @@ class _Relay:
         shutil.rmtree(handed, ignore_errors=True)
         files.write_tree(handed, saved)
         self.report(made, handed)
-
-    def _moves(self, here: int) -> int | None:
-        """Where the trial goes on from its checkpoint, if not here; its slot there is reserved and its old one left."""
-        if len(self.engines) == 1:
-            return None
-        trial_id, own = self.config.trial_id, placement.bucket(self.config.training)
-        place = placement.better(own, here, _occupancies(self.engines))
-        if place is None or not ray.get(self.engines[place].reserve.remote(trial_id, own)):
-            return None
-        if ray.get(self.engines[here].leave.remote(trial_id)):
-            return place
-        self.engines[place].evict.remote(trial_id)  # it has ended meanwhile
-        return None
 
 
 def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig) -> int:
@@ -379,7 +396,7 @@ def _occupancies(engines: Sequence[ray.actor.ActorHandle]) -> list[Occupancy]:
         try:
             found.append(ray.get(engine.occupancy.remote()))  # type: ignore[arg-type]
         except RayActorError as error:
-            found.append(Occupancy(0, []))
+            found.append(Occupancy(0, {}))
             dead += isinstance(error, ActorDiedError)
             if dead == len(engines):
                 raise

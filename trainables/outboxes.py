@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 Message = tuple[str, Any, Any]
-"""("report", Report, {path: bytes}), ("failed", reason, message) or ("ended", None, None)."""
+"""("report", Report, {path: bytes}), ("failed", reason, message), ("ended", None, None), or ("moved", the place of the
+engine that the trial goes to, {path: bytes})."""
 Outbox = queue.Queue[Message]
 END: Message = ("ended", None, None)
 
@@ -34,7 +35,15 @@ class Outboxes:
     def __getitem__(self, trial_id: str) -> Outbox:
         return self._open[trial_id]
 
+    @property
+    def judged(self) -> set[str]:
+        """Trials of which a report is being judged, or waits for that."""
+        waiting = {trial_id for trial_id, _, message in self._held if message[0] == "report"}
+        return waiting | ({self._undecided} if self._undecided else set())
+
     def open(self, trial_id: str) -> None:
+        """A new one, whatever there was for the trial before."""
+        self.close(trial_id)
         self._open[trial_id] = queue.Queue()
 
     def tell(self, trial_id: str, message: Message) -> None:
@@ -51,9 +60,11 @@ class Outboxes:
         self._hand_out()
 
     def close(self, trial_id: str) -> None:
-        """End a trial now: what it has not been told yet is of no use any more."""
-        self._held = deque(one for one in self._held if one[0] != trial_id)
+        """End a trial now: what it has not been told yet is of no use any more, but whoever waits for it must not."""
         outbox = self._open.pop(trial_id, None)
+        for held in [one for one in self._held if one[0] == trial_id]:
+            self._held.remove(held)
+            outbox = held[1]
         if outbox is not None:
             outbox.put(END)
         self.decided(trial_id)

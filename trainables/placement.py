@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from trainables.spec import TrainingSpec
@@ -18,10 +18,23 @@ class Bucket(NamedTuple):
 
 
 class Occupancy(NamedTuple):
-    """One engine: its free slots, and the buckets of the trials in the others."""
+    """One engine: its free slots and the trials in the others, the newest last."""
 
     free: int
-    buckets: Sequence[Bucket]
+    buckets: Mapping[str, Bucket]
+    """By trial; of those that are on their way here, too."""
+    judged: Set[str] = frozenset()
+    """Trials of which a report is being judged: they may be about to end."""
+    movable: Set[str] = frozenset()
+    """Trials that train here and are not being judged."""
+
+
+class Move(NamedTuple):
+    """A trial, and the places of the engine that it leaves and of the one that it goes to."""
+
+    trial_id: str
+    here: int
+    there: int
 
 
 def bucket(training: TrainingSpec) -> Bucket:
@@ -32,20 +45,29 @@ def preferred(own: Bucket, engines: Sequence[Occupancy]) -> list[int]:
     """Places of the engines with a free slot, best first: most free slots, then like lengths, then like ranks."""
 
     def order(place: int) -> tuple[int, int, int]:
-        engine = engines[place]
-        lengths = sum(other.length != own.length for other in engine.buckets)
-        return -engine.free, lengths, sum(other.rank != own.rank for other in engine.buckets)
+        engine, others = engines[place], engines[place].buckets.values()
+        lengths = sum(other.length != own.length for other in others)
+        return -engine.free, lengths, sum(other.rank != own.rank for other in others)
 
     return sorted((place for place, engine in enumerate(engines) if engine.free > 0), key=order)
 
 
-def better(own: Bucket, here: int, engines: Sequence[Occupancy]) -> int | None:
-    """Where a trial had better go on: an engine that will still be less busy than its own is now, the best first.
+def evener(engines: Sequence[Occupancy]) -> Move | None:
+    """What to move so that engines share what is left of a sweep, once no trial comes to the slots of those that end.
 
-    At the end of a sweep no trial comes to engines whose trials have ended, while others still share theirs.
+    From the busiest engine to the least busy one that has a slot, where two or more trials lie between them. Trials
+    that are being judged count for neither, for most of them end: of a rung's trials the best are judged first, and
+    would all be moved to make room for the rest. The newest trial goes, which has most to do.
     """
-    busy = len(engines[here].buckets)
-    return next((place for place in preferred(own, engines) if len(engines[place].buckets) + 1 < busy), None)
+    busy = [len(engine.buckets.keys() - engine.judged) for engine in engines]
+    sources = [place for place, engine in enumerate(engines) if engine.movable]
+    goals = [place for place, engine in enumerate(engines) if engine.free > 0]
+    if not sources or not goals:
+        return None
+    here, there = max(sources, key=busy.__getitem__), min(goals, key=busy.__getitem__)
+    if busy[here] < busy[there] + 2:
+        return None
+    return Move([trial_id for trial_id in engines[here].buckets if trial_id in engines[here].movable][-1], here, there)
 
 
 def _power(value: int) -> int:

@@ -40,7 +40,8 @@ class Progress:
 
     step: int = 0
     trained_tokens: int = 0
-    best_eval_loss: float = math.inf
+    best_eval_loss: float | None = None
+    """None before the first evaluation."""
     evaluations_without_gain: int = 0
     seconds: float = 0.0
     device_seconds: float = 0.0
@@ -155,13 +156,14 @@ class Slot:
     def evaluated(self, eval_loss: float, examples: int) -> Report:
         """Take note of an evaluation; what to report of it."""
         progress, losses = self.progress, self.progress.losses
-        if eval_loss < progress.best_eval_loss:
-            progress.best_eval_loss, progress.evaluations_without_gain = eval_loss, 0
+        best = progress.best_eval_loss
+        if best is None or eval_loss < best:
+            best = progress.best_eval_loss = eval_loss
+            progress.evaluations_without_gain = 0
             self.best.copy_(self.vector)
         else:
             progress.evaluations_without_gain += 1
-        now = time.monotonic()
-        progress.seconds, self.started = progress.seconds + now - self.started, now
+        self._count_seconds()
         progress.losses = []
         epoch = progress.step / self.steps_an_epoch
         return Report(
@@ -172,7 +174,7 @@ class Slot:
             train_loss=sum(losses) / len(losses),
             seconds=progress.seconds,
             device_seconds=progress.device_seconds,
-            best_eval_loss=progress.best_eval_loss,
+            best_eval_loss=best,
         )
 
     def export(self, directory: Path) -> None:
@@ -180,14 +182,19 @@ class Slot:
         base_name = self.config.base_model.model_name_or_path
         lora.save(directory, self.weights(self.best), self.training, base_name)
 
-    def save(self, directory: Path, report: Report) -> None:
-        """A checkpoint by the trial contract: the best adapter, the report, and all that the next step depends on."""
+    def save(self, directory: Path, report: Report | None = None) -> None:
+        """A checkpoint by the trial contract: the best adapter, the report, and all that the next step depends on.
+
+        Between two reports there is none to write: such a one is for another engine to go on from, not for the sweep.
+        """
         directory.mkdir(parents=True)
+        self._count_seconds()
         self.export(directory / ADAPTER)
         moments = {f"optimizer.{name}": value for name, value in self._optimizer_state().items()}
         save_file({"vector": self.vector} | moments, directory / _TENSORS)
         files.write_json(directory / _STATE, vars(self.progress))
-        files.write_json(directory / REPORT, report.as_dict())
+        if report:
+            files.write_json(directory / REPORT, report.as_dict())
         seal(directory)
 
     def restore(self, directory: Path) -> None:
@@ -206,6 +213,10 @@ class Slot:
         ):
             mine[0].copy_(a)
             mine[1].copy_(b)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds, self.started = self.progress.seconds + now - self.started, now
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         state = self.optimizer.state[self.vector]

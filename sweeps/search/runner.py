@@ -138,7 +138,7 @@ def _tuner(
     slots = sum(ray.get([engine.capacity.remote() for engine in engines])) if engines else None
     callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
     if engines:
-        callbacks.append(_Eviction(engines))
+        callbacks.append(_Slots(engines, searcher.remaining))
     if definition.tracking.enabled:
         callbacks.append(TrialTracking(definition.tracking, run_id, searcher.ledger))
     return Tuner(
@@ -164,20 +164,34 @@ def _tuner(
     )
 
 
-class _Eviction(tune.Callback):
+class _Slots(tune.Callback):
     """Frees the slot of a trial that is stopped or lost: its own process may not run again, or not be there any more.
 
     A trial that goes on in its slot while the scheduler decides is not waited for; what it learned then is thrown away.
+    When all trials have begun, those that are left are spread evenly over the engines.
     """
 
-    def __init__(self, engines: list[Any]) -> None:
-        self.engines = engines
+    def __init__(self, engines: list[Any], trials: int) -> None:
+        self.engines, self.trials = engines, trials
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_trial_recover(iteration, trials, trial)
+        self._even_out(trials)
+
+    on_trial_error = on_trial_complete
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         for engine in self.engines:
             engine.evict.remote(trial.config["trial_id"])
 
-    on_trial_error = on_trial_complete
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._even_out(trials)
+
+    def _even_out(self, trials: list[Any]) -> None:
+        if len(self.engines) > 1 and len(trials) == self.trials and all(trial.status != "PENDING" for trial in trials):
+            host.even_out(self.engines)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

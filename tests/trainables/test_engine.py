@@ -154,6 +154,31 @@ def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial,
         assert loss == pytest.approx(report.eval_loss, rel=0.01)
 
 
+@pytest.mark.parametrize("steps", [2, 20])
+def test_a_trial_handed_over_between_two_reports_goes_on_to_the_same_bits(
+    steps: int, spec, data, trial, alone, tmp_path: Path
+) -> None:
+    expected, before = alone(lora_dropout=0.1)
+    first = Engine(spec, data, capacity=2)
+    first.admit(trial("other", r=16))
+    slot = first.admit(trial(lora_dropout=0.1))
+    reported = [
+        (event.report.step, event.report.eval_loss)
+        for _ in range(steps)
+        for event in first.advance()
+        if isinstance(event, Evaluated) and event.slot is slot
+    ]
+    first.hand_over(slot, tmp_path / "state")
+    assert [stay.ending for stay in first.stays] == ["running", "moved"]
+    assert first.counters.steps_past_stop == 0, "nothing that it learned is lost"
+    second = Engine(spec, data, capacity=1)
+    second.admit(trial(lora_dropout=0.1), tmp_path / "state")
+    curve, after = drive(second)
+    assert len(reported) == (steps > 2)
+    assert reported + curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+
+
 def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(spec, data, trial, alone, monkeypatch) -> None:
     expected, before = alone()
     engine = Engine(spec, data, capacity=4)

@@ -45,6 +45,32 @@ def test_a_trial_that_is_stopped_makes_way_and_hears_no_more(outboxes: Outboxes)
     assert list(outboxes) == ["a"]
 
 
+def test_whoever_waits_for_a_last_word_that_is_dropped_hears_an_end(outboxes: Outboxes) -> None:
+    waiting = outboxes["b"]
+    outboxes.tell("b", report(0.3))
+    outboxes.tell("b", ("moved", 1, {}))  # held until the report is judged, and it is stopped at that
+    outboxes.close("b")
+    assert seen(waiting) == [report(0.3), END]
+
+
+def test_an_outbox_that_is_opened_anew_ends_the_one_before(outboxes: Outboxes) -> None:
+    before = outboxes["b"]
+    outboxes.open("b")
+    outboxes.tell("b", report(0.1))
+    assert seen(before) == [END]
+    assert seen(outboxes["b"]) == [report(0.1)]
+
+
+def test_a_trial_is_being_judged_from_its_report_to_the_verdict(outboxes: Outboxes) -> None:
+    outboxes.tell("b", report(0.1))
+    outboxes.tell("a", report(0.2))
+    assert outboxes.judged == {"a", "b"}
+    outboxes.decided("b")
+    assert outboxes.judged == {"a"}
+    outboxes.decided("a")
+    assert outboxes.judged == set()
+
+
 def test_a_last_word_frees_the_place_at_once_but_keeps_its_turn(outboxes: Outboxes) -> None:
     last = outboxes["a"]
     outboxes.tell("b", report(0.1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trainables.placement import Bucket, Occupancy, better, bucket, preferred
+from collections.abc import Set
+
+from trainables.placement import Bucket, Move, Occupancy, bucket, evener, preferred
 from trainables.spec import TrainingSpec
 
 OWN = Bucket(length=8, rank=16)
@@ -14,27 +16,46 @@ def test_buckets_are_powers_of_two() -> None:
     assert bucket(TrainingSpec(r=8, per_device_train_batch_size=1)) == Bucket(1, 8)
 
 
+def holding(free: int, *others: Bucket) -> Occupancy:
+    return Occupancy(free, {f"other{number}": other for number, other in enumerate(others)})
+
+
 def test_a_full_engine_is_not_asked() -> None:
-    assert preferred(OWN, [Occupancy(0, [LIKE]), Occupancy(1, [LONGER])]) == [1]
-    assert preferred(OWN, [Occupancy(0, [LIKE])]) == []
+    assert preferred(OWN, [holding(0, LIKE), holding(1, LONGER)]) == [1]
+    assert preferred(OWN, [holding(0, LIKE)]) == []
 
 
 def test_free_slots_come_before_likeness() -> None:
-    assert preferred(OWN, [Occupancy(1, [LIKE, LIKE]), Occupancy(2, [LONGER])]) == [1, 0]
+    assert preferred(OWN, [holding(1, LIKE, LIKE), holding(2, LONGER)]) == [1, 0]
 
 
 def test_like_lengths_come_before_like_ranks() -> None:
-    assert preferred(OWN, [Occupancy(1, [LONGER]), Occupancy(1, [WIDER]), Occupancy(1, [LIKE])]) == [2, 1, 0]
+    assert preferred(OWN, [holding(1, LONGER), holding(1, WIDER), holding(1, LIKE)]) == [2, 1, 0]
 
 
-def test_a_trial_moves_to_where_it_shares_with_fewer() -> None:
-    three = Occupancy(1, [LIKE, LIKE, LIKE])
-    assert better(OWN, 0, [three, Occupancy(3, [LIKE])]) == 1
-    assert better(OWN, 0, [three, Occupancy(3, [LIKE]), Occupancy(4, [])]) == 2
+def engine(free: int, *trials: str, judged: Set[str] = frozenset(), coming: Set[str] = frozenset()) -> Occupancy:
+    return Occupancy(free, dict.fromkeys(trials, LIKE), judged, set(trials) - judged - coming)
 
 
-def test_a_trial_stays_where_no_move_would_gain() -> None:
-    two = Occupancy(2, [LIKE, LIKE])
-    assert better(OWN, 0, [two, Occupancy(3, [LIKE])]) is None, "the two would only change places"
-    assert better(OWN, 0, [Occupancy(2, [LIKE]), Occupancy(4, [])]) is None, "it is alone"
-    assert better(OWN, 0, [two, Occupancy(0, [])]) is None, "that engine is starting again"
+def test_the_newest_trial_goes_from_the_busiest_engine_to_the_least_busy_one() -> None:
+    assert evener([engine(3, "a"), engine(0, "b", "c", "d"), engine(4)]) == Move("d", 1, 2)
+    assert evener([engine(1, "b", "c", "d"), engine(3, "a")]) == Move("d", 0, 1)
+
+
+def test_trials_stay_where_no_move_would_gain() -> None:
+    assert evener([engine(2, "a", "b"), engine(3, "c")]) is None, "they would only change places"
+    assert evener([engine(3, "a"), engine(4)]) is None, "it is alone"
+    assert evener([engine(2, "a", "b"), engine(0)]) is None, "that engine is starting again"
+
+
+def test_trials_that_are_being_judged_count_for_nothing() -> None:
+    """Most of them end, and of a rung's trials the best are judged first."""
+    rung = {"worse", "worst"}
+    assert evener([engine(0, "worse", "best", "worst", judged=rung), engine(2, "a")]) is None
+    assert evener([engine(0, "best", "good", *rung, judged=rung), engine(4)]) == Move("good", 0, 1)
+
+
+def test_a_trial_that_is_on_its_way_counts_but_does_not_turn_back() -> None:
+    assert evener([engine(3, "a"), engine(1, "b", "c", coming={"c"})]) is None
+    assert evener([engine(4), engine(0, "b", "c", "d", coming={"c", "d"})]) == Move("b", 1, 0)
+    assert evener([engine(4), engine(2, "b", "c", coming={"b", "c"})]) is None
