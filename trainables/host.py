@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from cluster import files
 from trainables import placement
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from trainables.capacity import MemoryModel
 
 _POLL_S = 0.1
+_ANSWER_S = 5.0
+"""For which Tune's own loop waits for an engine."""
 _FIRST_S = 3.0
 """For which an engine's first trial waits for others: in step, they come to a rung together and are judged together."""
 
@@ -78,14 +80,19 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
 
 
 def even_out(engines: Sequence[ray.actor.ActorHandle]) -> None:
-    """Move trials from busy engines to idle ones. For one caller at a time, and once no other trial is to come."""
-    with suppress(RayActorError):  # what becomes of a lost engine's trials, they find out themselves
-        while move := placement.evener(occupancies := _occupancies(engines)):
+    """Move trials from busy engines to less busy ones. For one caller at a time, and once no other trial is to come."""
+    with suppress(RayError):  # an engine is lost, or does not answer; its trials find out themselves
+        while move := placement.evener(occupancies := _occupancies(engines, _ANSWER_S)):
             trial_id, here, there = move
-            if not ray.get(engines[there].reserve.remote(trial_id, occupancies[here].buckets[trial_id])):
-                return
-            if not ray.get(engines[here].leave.remote(trial_id, there)):
-                engines[there].evict.remote(trial_id)  # it has ended meanwhile
+            left = False
+            try:
+                bucket = occupancies[here].buckets[trial_id]
+                if not ray.get(engines[there].reserve.remote(trial_id, bucket, moves=True), timeout=_ANSWER_S):
+                    return
+                left = ray.get(engines[here].leave.remote(trial_id, there), timeout=_ANSWER_S)
+            finally:
+                if not left:
+                    engines[there].withdraw.remote(trial_id)
 
 
 def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
@@ -116,6 +123,7 @@ class EngineHost:
         self.changed = threading.Condition()
         self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
+        self.expected = set[str]()
         self.leaving: dict[str, int] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -152,27 +160,35 @@ class EngineHost:
         """Slots; answers once the base is loaded."""
         return self.engine.capacity
 
-    def reserve(self, trial_id: str, bucket: Bucket) -> bool:
-        """Keep a slot for a trial, if one is free; not for one that has not left yet."""
+    def reserve(self, trial_id: str, bucket: Bucket, moves: bool = False) -> bool:
+        """Keep a slot for a trial, if one is free; one that ``moves`` here must have left before it comes back."""
         with self.changed:
-            full = trial_id not in self.outboxes and len(self.outboxes) >= self.engine.capacity
-            if full or trial_id in self.leaving:
+            known = trial_id in self.outboxes
+            if (known and moves) or (not known and len(self.outboxes) >= self.engine.capacity):
                 return False
             self.outboxes.open(trial_id)
             self.buckets[trial_id] = bucket
+            self.expected.add(trial_id)
             return True
+
+    def withdraw(self, trial_id: str) -> None:
+        """Give a reservation back, unless the trial has come by now."""
+        with self.changed:
+            if trial_id in self.expected:
+                self.evict(trial_id)
 
     def occupancy(self) -> Occupancy:
         with self.changed:
             buckets = {trial_id: self.buckets[trial_id] for trial_id in self.outboxes if trial_id not in self.leaving}
             judged, here = self.outboxes.judged, {slot.trial_id for slot in list(self.engine.slots)}
-            movable = (here & buckets.keys()) - judged
+            movable = (here & buckets.keys()) - judged - self.expected
             return Occupancy(self.engine.capacity - len(self.outboxes), buckets, judged, movable)
 
     def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
         """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
         with self.changed:
             outbox = self.outboxes[config.trial_id]
+            self.expected.discard(config.trial_id)
             self.arriving.append((config, checkpoint))
             self.changed.notify()
         while True:
@@ -186,6 +202,7 @@ class EngineHost:
         with self.changed:
             self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
             self.leaving.pop(trial_id, None)
+            self.expected.discard(trial_id)
             self.outboxes.close(trial_id)
 
     def leave(self, trial_id: str, place: int) -> bool:
@@ -304,15 +321,20 @@ def run_trial(
     """
     checkpoint = files.read_tree(resume_from) if resume_from else None
     relay, place = _Relay(engines, config, workdir, report, checkpoint), None
-    while not relay.ended:
-        here, place = _reserve(engines, config) if place is None else place, None
-        try:
-            place = relay.follow(here)
-        except RayActorError:
-            time.sleep(_POLL_S)  # Ray is starting it again, or another engine has a slot
-        finally:
-            if place is None:
-                engines[here].evict.remote(config.trial_id)
+    try:
+        while not relay.ended:
+            here = _reserve(engines, config, place)
+            try:
+                place = relay.follow(here)
+            except RayActorError:  # Ray is starting it again, or another engine has a slot
+                place = None
+                for engine in engines:
+                    with suppress(RayActorError):
+                        ray.get(engine.evict.remote(config.trial_id))
+                time.sleep(_POLL_S)
+    finally:
+        for engine in engines:
+            engine.evict.remote(config.trial_id)
 
 
 def measure(engines: Sequence[ray.actor.ActorHandle], adapter: Path) -> dict[str, float]:
@@ -348,7 +370,7 @@ class _Relay:
     ended: bool = False
 
     def follow(self, here: int) -> int | None:
-        """Train in one engine, to the end or until it hands the trial over: the other's place, its slot reserved."""
+        """Train in one engine, to the end or until it hands the trial over: the place of the engine to go on in."""
         engine = self.engines[here]
         messages: Any = engine.train.options(num_returns="streaming").remote(self.config, self.checkpoint)
         for reference in messages:
@@ -373,28 +395,34 @@ class _Relay:
         self.report(made, handed)
 
 
-def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig) -> int:
-    """A slot in the engine that suits the trial best; waits while all are taken or starting again."""
+def _reserve(engines: Sequence[ray.actor.ActorHandle], config: TrialConfig, kept: int | None) -> int:
+    """A slot in the engine that suits the trial best; waits while all are taken or starting again.
+
+    Args:
+        kept: the place of the engine that has kept one; it may have been lost since.
+    """
     own = placement.bucket(config.training)
     while True:
-        for place in placement.preferred(own, _occupancies(engines)):
+        places, kept = placement.preferred(own, _occupancies(engines)) if kept is None else [kept], None
+        for place in places:
             with suppress(RayActorError):
                 if ray.get(engines[place].reserve.remote(config.trial_id, own)):
                     return place
         time.sleep(_POLL_S)
 
 
-def _occupancies(engines: Sequence[ray.actor.ActorHandle]) -> list[Occupancy]:
+def _occupancies(engines: Sequence[ray.actor.ActorHandle], timeout_s: float | None = None) -> list[Occupancy]:
     """No slot is free in an engine that is starting again.
 
     Raises:
         ActorDiedError: every engine is gone for good.
+        GetTimeoutError: one did not answer in time.
     """
     found: list[Occupancy] = []
     dead = 0
     for engine in engines:
         try:
-            found.append(ray.get(engine.occupancy.remote()))  # type: ignore[arg-type]
+            found.append(ray.get(engine.occupancy.remote(), timeout=timeout_s))  # type: ignore[arg-type]
         except RayActorError as error:
             found.append(Occupancy(0, {}))
             dead += isinstance(error, ActorDiedError)

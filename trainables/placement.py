@@ -56,16 +56,17 @@ def evener(engines: Sequence[Occupancy]) -> Move | None:
     """What to move so that engines share what is left of a sweep, once no trial comes to the slots of those that end.
 
     From the busiest engine to the least busy one that has a slot, where two or more trials lie between them. Trials
-    that are being judged count for neither, for most of them end: of a rung's trials the best are judged first, and
-    would all be moved to make room for the rest. The newest trial goes, which has most to do.
+    that are being judged may all end, or none: they count where one would come to, and not where one would leave. Of a
+    rung's trials the best are judged first, and would all be moved to make room for the rest.
     """
-    busy = [len(engine.buckets.keys() - engine.judged) for engine in engines]
+    sure = [len(engine.buckets.keys() - engine.judged) for engine in engines]
+    most = [len(engine.buckets) for engine in engines]
     sources = [place for place, engine in enumerate(engines) if engine.movable]
     goals = [place for place, engine in enumerate(engines) if engine.free > 0]
     if not sources or not goals:
         return None
-    here, there = max(sources, key=busy.__getitem__), min(goals, key=busy.__getitem__)
-    if busy[here] < busy[there] + 2:
+    here, there = max(sources, key=sure.__getitem__), min(goals, key=most.__getitem__)
+    if sure[here] < most[there] + 2:
         return None
     return Move([trial_id for trial_id in engines[here].buckets if trial_id in engines[here].movable][-1], here, there)
 

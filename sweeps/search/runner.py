@@ -187,7 +187,8 @@ class _Slots(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._even_out(trials)
+        if not result.get("done"):  # of a stopped one the end is told next
+            self._even_out(trials)
 
     def _even_out(self, trials: list[Any]) -> None:
         if len(self.engines) > 1 and len(trials) == self.trials and all(trial.status != "PENDING" for trial in trials):

@@ -149,16 +149,37 @@ def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, e
     assert curve(running[2][1]) == alone(configs[2], tmp_path / "alone")
 
 
-def test_a_trial_that_has_not_left_yet_does_not_come_back(trial, engines) -> None:
+def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(trial, engines, submit) -> None:
     (engine,) = engines(1, capacity=1)
     bucket = placement.bucket(trial("a").training)
     assert ray.get(engine.reserve.remote("a", bucket))
     assert ray.get(engine.leave.remote("a", 1))
     assert ray.get(engine.occupancy.remote()) == Occupancy(0, {})
-    assert not ray.get(engine.reserve.remote("a", bucket))
+    assert not ray.get(engine.reserve.remote("a", bucket, moves=True))
     assert not ray.get(engine.leave.remote("b", 1)), "it is not here"
     ray.get(engine.evict.remote("a"))
     assert ray.get(engine.reserve.remote("a", bucket)), "it is stopped, and may be tried again"
+    ray.get(engine.withdraw.remote("a"))
+    assert ray.get(engine.occupancy.remote()) == Occupancy(1, {})
+    future, reports = submit([engine], trial("a", num_train_epochs=1))
+    wait_for(reports, 1)
+    ray.get(engine.withdraw.remote("a"))
+    future.result(timeout=60)
+    assert len(reports) == 2, "it has come, and no reservation is left to withdraw"
+
+
+def test_a_trial_goes_on_elsewhere_when_the_engine_that_kept_its_slot_is_lost(
+    trial, engines, submit, tmp_path: Path
+) -> None:
+    both = engines(2, capacity=1)
+    config = trial("a", num_train_epochs=12)
+    future, reports = submit(both, config)
+    wait_for(reports, 1)
+    here = next(place for place, account in enumerate(accounts(both)) if account["stays"])
+    ray.kill(both[1 - here], no_restart=False)
+    assert ray.get(both[here].leave.remote("a", 1 - here)), "to where nothing is kept for it, and nobody is yet"
+    future.result(timeout=240)
+    assert curve(reports) == alone(config, tmp_path / "alone")
 
 
 def test_an_engine_holds_as_many_as_its_memory_does(trial) -> None:

@@ -48,11 +48,11 @@ def test_trials_stay_where_no_move_would_gain() -> None:
     assert evener([engine(2, "a", "b"), engine(0)]) is None, "that engine is starting again"
 
 
-def test_trials_that_are_being_judged_count_for_nothing() -> None:
-    """Most of them end, and of a rung's trials the best are judged first."""
+def test_trials_that_are_being_judged_may_all_end_or_none() -> None:
     rung = {"worse", "worst"}
-    assert evener([engine(0, "worse", "best", "worst", judged=rung), engine(2, "a")]) is None
+    assert evener([engine(0, "worse", "best", "worst", judged=rung), engine(2, "a")]) is None, "the best stays"
     assert evener([engine(0, "best", "good", *rung, judged=rung), engine(4)]) == Move("good", 0, 1)
+    assert evener([engine(0, "a", "b"), engine(2, *rung, judged=rung)]) is None, "it would come back at the verdict"
 
 
 def test_a_trial_that_is_on_its_way_counts_but_does_not_turn_back() -> None:
