@@ -25,7 +25,7 @@ from cluster import files
 from trainables import placement
 from trainables.contract import Measurement, Report, ReportFunction, TrialConfig, TrialFailure
 from trainables.outboxes import END, Message, Outboxes
-from trainables.placement import Bucket, Occupancy
+from trainables.placement import Bucket, Move, Occupancy
 from trainables.spec import BaseModelSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -79,20 +79,31 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     return engines
 
 
-def even_out(engines: Sequence[ray.actor.ActorHandle]) -> None:
-    """Move trials from busy engines to less busy ones. For one caller at a time, and once no other trial is to come."""
+def even_out(engines: Sequence[ray.actor.ActorHandle], judged: str, goes_on: bool) -> None:
+    """Move trials from busy engines to less busy ones. For one caller at a time, and once no other trial is to come.
+
+    Args:
+        judged: the trial that has just been judged, to go on or not; its engine may not know yet.
+    """
     with suppress(RayError):  # an engine is lost, or does not answer; its trials find out themselves
-        while move := placement.evener(occupancies := _occupancies(engines, _ANSWER_S)):
-            trial_id, here, there = move
-            left = False
-            try:
-                bucket = occupancies[here].buckets[trial_id]
-                if not ray.get(engines[there].reserve.remote(trial_id, bucket, moves=True), timeout=_ANSWER_S):
-                    return
-                left = ray.get(engines[here].leave.remote(trial_id, there), timeout=_ANSWER_S)
-            finally:
-                if not left:
-                    engines[there].withdraw.remote(trial_id)
+        while True:
+            occupancies = [engine.told(judged, goes_on) for engine in _occupancies(engines, _ANSWER_S)]
+            move = placement.evener(occupancies)
+            if move is None or not _moved(engines, move, occupancies[move.here].buckets[move.trial_id]):
+                return
+
+
+def _moved(engines: Sequence[ray.actor.ActorHandle], move: Move, bucket: Bucket) -> bool:
+    """Whether a trial is about to leave for a slot that is kept for it."""
+    trial_id, here, there = move
+    left = False
+    try:
+        if ray.get(engines[there].reserve.remote(trial_id, bucket, moves=True), timeout=_ANSWER_S):
+            left = ray.get(engines[here].leave.remote(trial_id, there), timeout=_ANSWER_S)
+    finally:
+        if not left:
+            engines[there].withdraw.remote(trial_id)
+    return left
 
 
 def stop(engines: Sequence[ray.actor.ActorHandle]) -> None:
@@ -187,10 +198,14 @@ class EngineHost:
     def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
         """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
         with self.changed:
-            outbox = self.outboxes[config.trial_id]
-            self.expected.discard(config.trial_id)
-            self.arriving.append((config, checkpoint))
-            self.changed.notify()
+            outbox = self.outboxes.get(config.trial_id)
+            if outbox is not None:
+                self.expected.discard(config.trial_id)
+                self.arriving.append((config, checkpoint))
+                self.changed.notify()
+        if outbox is None:
+            yield "moved", None, checkpoint  # to anywhere: the reservation is lost
+            return
         while True:
             message = outbox.get()
             yield message

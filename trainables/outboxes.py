@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 Message = tuple[str, Any, Any]
-"""("report", Report, {path: bytes}), ("failed", reason, message), ("ended", None, None), or ("moved", the place of the
-engine that the trial goes to, {path: bytes})."""
+"""("report", Report, {path: bytes}), ("failed", reason, message), ("ended", None, None), or ("moved", place of the
+engine that the trial goes to, None for any, {path: bytes} to go on from, None for its start)."""
 Outbox = queue.Queue[Message]
 END: Message = ("ended", None, None)
 
@@ -32,8 +32,8 @@ class Outboxes:
     def __len__(self) -> int:
         return len(self._open)
 
-    def __getitem__(self, trial_id: str) -> Outbox:
-        return self._open[trial_id]
+    def get(self, trial_id: str) -> Outbox | None:
+        return self._open.get(trial_id)
 
     @property
     def judged(self) -> set[str]:

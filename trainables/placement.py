@@ -28,6 +28,11 @@ class Occupancy(NamedTuple):
     movable: Set[str] = frozenset()
     """Trials that train here and are not being judged."""
 
+    def told(self, trial_id: str, goes_on: bool) -> Occupancy:
+        """After a verdict that may not have come here yet."""
+        buckets = {name: bucket for name, bucket in self.buckets.items() if goes_on or name != trial_id}
+        return Occupancy(self.free, buckets, self.judged - {trial_id}, self.movable & buckets.keys())
+
 
 class Move(NamedTuple):
     """A trial, and the places of the engine that it leaves and of the one that it goes to."""

@@ -176,7 +176,7 @@ class _Slots(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.on_trial_recover(iteration, trials, trial)
-        self._even_out(trials)
+        self._even_out(trials, trial, goes_on=False)
 
     on_trial_error = on_trial_complete
 
@@ -188,11 +188,11 @@ class _Slots(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if not result.get("done"):  # of a stopped one the end is told next
-            self._even_out(trials)
+            self._even_out(trials, trial, goes_on=True)
 
-    def _even_out(self, trials: list[Any]) -> None:
+    def _even_out(self, trials: list[Any], judged: Any, goes_on: bool) -> None:
         if len(self.engines) > 1 and len(trials) == self.trials and all(trial.status != "PENDING" for trial in trials):
-            host.even_out(self.engines)
+            host.even_out(self.engines, judged.config["trial_id"], goes_on)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

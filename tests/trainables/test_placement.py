@@ -55,6 +55,15 @@ def test_trials_that_are_being_judged_may_all_end_or_none() -> None:
     assert evener([engine(0, "a", "b"), engine(2, *rung, judged=rung)]) is None, "it would come back at the verdict"
 
 
+def test_a_verdict_counts_before_it_comes_to_the_engine() -> None:
+    full, idle = engine(0, "a", "b", judged={"a"}), engine(2)
+    assert evener([full, idle]) is None
+    assert evener([full.told("a", goes_on=True), idle]) == Move("b", 0, 1)
+    ending = engine(1, "c", judged={"c"})
+    assert evener([engine(0, "a", "b"), ending]) is None
+    assert evener([engine(0, "a", "b"), ending.told("c", goes_on=False)]) == Move("b", 0, 1)
+
+
 def test_a_trial_that_is_on_its_way_counts_but_does_not_turn_back() -> None:
     assert evener([engine(3, "a"), engine(1, "b", "c", coming={"c"})]) is None
     assert evener([engine(4), engine(0, "b", "c", "d", coming={"c", "d"})]) == Move("b", 1, 0)
