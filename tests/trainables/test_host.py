@@ -143,9 +143,12 @@ def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, e
         host.even_out(both, "b", goes_on=False)
     for future, _ in running:
         future.result(timeout=240)
-    first, second = ({stay["trial_id"]: stay["ending"] for stay in account["stays"]} for account in accounts(both))
+    found = accounts(both)
+    first, second = ({stay["trial_id"]: stay["ending"] for stay in account["stays"]} for account in found)
     assert first == {"a": "ended", "c": "moved"}
     assert second == {"b": "evicted", "c": "ended"}
+    came_to = sum(stay["steps"] for account in found for stay in account["stays"] if stay["ending"] != "moved")
+    assert sum(account["counters"]["adapter_steps"] for account in found) == came_to, "no step is taken twice"
     assert curve(running[2][1]) == alone(configs[2], tmp_path / "alone")
 
 
