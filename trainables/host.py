@@ -79,6 +79,11 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     return engines
 
 
+def evict(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> list[ray.ObjectRef]:
+    """Free a trial's slot and any that is kept for it; does not wait for it."""
+    return [engine.evict.remote(trial_id) for engine in engines]
+
+
 def even_out(engines: Sequence[ray.actor.ActorHandle], judged: str, goes_on: bool) -> None:
     """Move trials from busy engines to less busy ones. For one caller at a time, and once no other trial is to come.
 
@@ -343,13 +348,12 @@ def run_trial(
                 place = relay.follow(here)
             except RayActorError:  # Ray is starting it again, or another engine has a slot
                 place = None
-                for engine in engines:
+                for evicted in evict(engines, config.trial_id):
                     with suppress(RayActorError):
-                        ray.get(engine.evict.remote(config.trial_id))
+                        ray.get(evicted)
                 time.sleep(_POLL_S)
     finally:
-        for engine in engines:
-            engine.evict.remote(config.trial_id)
+        evict(engines, config.trial_id)
 
 
 def measure(engines: Sequence[ray.actor.ActorHandle], adapter: Path) -> dict[str, float]:

@@ -175,23 +175,19 @@ class _Slots(tune.Callback):
         self.engines, self.trials = engines, trials
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._free(trial)
+        host.evict(self.engines, trial.config["trial_id"])
         self._even_out(trials, trial, goes_on=False)
 
     on_trial_error = on_trial_complete
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._free(trial)
+        host.evict(self.engines, trial.config["trial_id"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if not result.get("done"):  # of a stopped one the end is told next
             self._even_out(trials, trial, goes_on=True)
-
-    def _free(self, trial: Any) -> None:
-        for engine in self.engines:
-            engine.evict.remote(trial.config["trial_id"])
 
     def _even_out(self, trials: list[Any], judged: Any, goes_on: bool) -> None:
         if len(self.engines) > 1 and len(trials) == self.trials and all(trial.status != "PENDING" for trial in trials):
