@@ -25,7 +25,7 @@ Scalar = int | float | str | bool
 SLOTS = 8
 """Of an engine, where a definition names no number: beyond it a trial's step gets hardly any cheaper."""
 
-_GROWS = ("r", "per_device_train_batch_size", "per_device_eval_batch_size")
+_GROWS = ("r", "per_device_train_batch_size", "per_device_eval_batch_size", "lora_dropout")
 """Fields of training with which a trial's memory grows."""
 
 

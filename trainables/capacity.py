@@ -20,9 +20,9 @@ class MemoryModel:
     scratch: int
     """Of a pass, whatever its size: the largest layer dequantised, and one chunk of logits."""
     slot: int
-    """Of the largest adapter searched: weights, gradient, moments, and a copy of the best weights."""
+    """Of the largest adapter searched: weights, gradient, moments, best weights; on a GPU its part of a stack too."""
     token: float
-    """Activations that a training pass keeps for one token."""
+    """Activations that a training pass keeps for one token, and what a stack pads on a GPU."""
     eval_token: float
     """What an evaluation pass needs for one token."""
     batch_tokens: int

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trainables import base, lora
+from trainables.adapters import Adapter, stacking_order
 from trainables.contract import Reason, Report, TrialConfig
 from trainables.data.snapshot import Snapshot
 from trainables.packing import ATTENTION, Current, Example, Group, HeadLoss, Pack, PackedLinear, pack
@@ -96,6 +97,7 @@ class Engine:
         self.counters, self.slots, self.stays = Counters(), list[Slot](), list[Stay]()
         self.idle = dict[int, int]()  # steps since a slot became free, by its place
         self.device, self.dtype = base.device(), base.compute_dtype(spec)
+        self.at_once = self.device.type == "cuda"  # launches cost more there than a trial's last bits matter
         self.train, self.eval = examples_of(data.rows("train")), examples_of(data.rows("eval"))
         self.lengths = [len(example.input_ids) for example in self.train]
         self.model = self._load(gradient_checkpointing)
@@ -196,10 +198,12 @@ class Engine:
         self._mode(training=False)
         with torch.no_grad():
             for batches in _rounds([self._eval_batches(slot) for slot in slots]):
-                packed = pack([(slots[k].adapter(None), rows) for k, rows in batches], self.device)
-                for (k, _), loss, part in zip(batches, self._losses(packed), packed.parts, strict=True):
+                order, packed = self._pack([(k, slots[k].adapter(None), rows) for k, rows in batches])
+                losses = torch.stack(self._losses(packed)).tolist()
+                for k, loss, next_ids in zip(order, losses, packed.next_ids, strict=True):
                     total, tokens = totals[slots[k].trial_id]
-                    totals[slots[k].trial_id] = (total + float(loss), tokens + len(part.next_ids))
+                    totals[slots[k].trial_id] = (total + loss, tokens + len(next_ids))
+        self.current.pack = None
         _charge(slots, [1] * len(slots), self._clock() - started)
         return {trial_id: total / tokens for trial_id, (total, tokens) in totals.items()}
 
@@ -238,11 +242,8 @@ class Engine:
         for slot in slots:
             slot.clear()
         for place, batches in enumerate(_rounds(plans)):
-            packed = pack([(slots[k].adapter(place), rows) for k, rows in batches], self.device)
-            shares = [loss / learned[k] for (k, _), loss in zip(batches, self._losses(packed), strict=True)]
-            torch.stack(shares).sum().backward()
-            for (k, _), share in zip(batches, shares, strict=True):
-                sums[k] += float(share.detach())
+            for k, share in self._gradients([(k, slots[k].adapter(place), rows) for k, rows in batches], learned):
+                sums[k] += share
         tokens, seconds = [_tokens(plan) for plan in plans], self._clock() - started
         _charge(slots, tokens, seconds)
         self.counters.tokens += sum(tokens)
@@ -264,8 +265,27 @@ class Engine:
         self.counters.trained_tokens += learned
         return []
 
+    def _gradients(
+        self, batches: list[tuple[int, Adapter, list[Example]]], learned: Sequence[int]
+    ) -> list[tuple[int, float]]:
+        """One forward and backward pass, of which nothing is left but gradients and each trial's share of its loss."""
+        order, packed = self._pack(batches)
+        losses = zip(order, self._losses(packed), strict=True)
+        shares = torch.stack([loss / learned[k] for k, loss in losses])
+        shares.sum().backward()
+        packed.hand_out()
+        self.current.pack = None
+        return list(zip(order, shares.tolist(), strict=True))
+
+    def _pack(self, batches: list[tuple[int, Adapter, list[Example]]]) -> tuple[list[int], Pack]:
+        """A pass over a batch of each of some slots, and in which order they lie in it."""
+        if self.at_once:
+            batches = sorted(batches, key=lambda batch: stacking_order(batch[1], _tokens([batch[2]])))
+        order = [k for k, _, _ in batches]
+        return order, pack([(adapter, rows) for _, adapter, rows in batches], self.device, self.at_once)
+
     def _losses(self, packed: Pack) -> list[torch.Tensor]:
-        """Summed loss of each part."""
+        """Summed loss of each trial."""
         self.counters.passes += 1
         self.current.pack = packed
         embedded = self.model.get_input_embeddings()(packed.input_ids[None])
@@ -277,8 +297,8 @@ class Engine:
             pack=packed,
         ).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
-        shares = hidden.index_select(0, packed.predicting).split(packed.learned)
-        return [HeadLoss.apply(own, weight, part.next_ids) for own, part in zip(shares, packed.parts, strict=True)]
+        shares = hidden.index_select(0, packed.predicting).split([len(next_ids) for next_ids in packed.next_ids])
+        return [HeadLoss.apply(own, weight, next_ids) for own, next_ids in zip(shares, packed.next_ids, strict=True)]
 
     def _together(self, slots: Sequence[Slot], work: Any) -> Iterator[Failed]:
         """Do ``work`` for groups of slots; out of memory halves the group, for good, and tries again.
@@ -296,6 +316,7 @@ class Engine:
             else:
                 waiting = waiting[len(group) :]
                 continue
+            self._forget()
             if self.keeps_dequantised:
                 self.keep_dequantised(False)
             elif len(group) == 1:
@@ -306,6 +327,12 @@ class Engine:
                 self.counters.splits += 1
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _forget(self) -> None:
+        """All that a pass has left that broke off: the next one needs its memory."""
+        self.current.pack = None
+        for layer in self.packed:
+            layer.group.forget()
 
     def _eval_batches(self, slot: Slot) -> list[list[Example]]:
         size = slot.training.per_device_eval_batch_size
@@ -327,7 +354,7 @@ class Engine:
         packed = []
         for members in lora.groups(lora.targets(self.model, "all-linear")):
             adapted = [(k, places[layer.name]) for k, layer in enumerate(members) if layer.name in places]
-            group = Group(self.current, self.device.type == "cuda", groups.get(members[0].group), adapted)
+            group = Group(self.current, groups.get(members[0].group), adapted)
             packed += [self._replace(layer.name, group) for layer in members]
         return packed
 

@@ -70,8 +70,12 @@ def initial_weights(layers: list[Target], r: int, seed: int) -> dict[str, Pair]:
 
 def generator(device: torch.device | str, *key: int) -> torch.Generator:
     """Random numbers that depend on ``key`` alone."""
-    state = numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    return torch.Generator(device).manual_seed(seeds(1, *key)[0])
+
+
+def seeds(count: int, *key: int) -> list[int]:
+    """So many seeds that depend on ``key`` alone."""
+    return numpy.random.SeedSequence(key).generate_state(count, numpy.uint64).tolist()
 
 
 def config(training: TrainingSpec) -> LoraConfig:

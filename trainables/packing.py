@@ -1,7 +1,8 @@
 """How examples of several trials lie in one forward pass: end to end, each trial's together, padded in attention only.
 
-Whatever mixes tokens or features works on one trial's tokens at a time, in shapes that its own examples give. That is
-why a trial computes the same bits whoever its neighbours are.
+On a CPU whatever mixes tokens or features works on one trial's tokens at a time, in shapes that its own examples give.
+That is why a trial computes the same bits whoever its neighbours are. On a GPU trials share such calls, for as few of
+them as can be, and its last bits may depend on theirs.
 """
 
 from __future__ import annotations
@@ -15,42 +16,10 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from trainables import lora
+from trainables.adapters import Adapter, Stack, alike, stacked
 
 ATTENTION = "winnow_packed"
 """The name under which transformers knows ``attend``."""
-
-
-class GroupWeights(NamedTuple):
-    """An adapter's weights in the layers of one group, in the type that a pass computes in: views, made once."""
-
-    a: torch.Tensor
-    """[n * r, d_in]: the A of all n layers, one below the other, since all are given the same input."""
-    b_t: Sequence[torch.Tensor]
-    """Of each layer its B turned over, [r, d_out]: products are slow where r is the side that lies in memory."""
-
-
-class Adapter(NamedTuple):
-    """One trial's LoRA weights as a pass needs them, group by group."""
-
-    weights: Sequence[GroupWeights]
-    gradients: Sequence[GroupWeights] | None
-    """Where a backward pass adds to, in 32 bits; None in evaluation."""
-    r: int
-    scale: float
-    dropout: float
-    key: tuple[int, ...]
-    """Of the dropout masks: seed, step and micro-batch."""
-
-
-class Part(NamedTuple):
-    """One trial's tokens in a pass, in ``rows`` examples of at most ``width`` tokens."""
-
-    adapter: Adapter
-    rows: int
-    width: int
-    next_ids: torch.Tensor
-    """[M], what follows each of its tokens whose next one is learned."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +36,24 @@ class Pack:
     """[P], the token that stands at each place; padding repeats its own example's first."""
     scatter: torch.Tensor
     """[N], the place of each token."""
-    parts: tuple[Part, ...]
+    next_ids: tuple[torch.Tensor, ...]
+    """Of each trial [M], what follows each of its tokens whose next one is learned."""
+    adapters: tuple[Adapter | Stack, ...]
+    """Of one trial each, or of several whose tokens lie one after the other."""
     tokens: list[int]
-    """Of each part, and likewise:"""
-    places: list[int]
-    learned: list[int]
+    """That each of ``adapters`` works on."""
+    rectangles: list[tuple[int, int]]
+    """Examples, and the places that each of them has, of every call of attention."""
+    at_once: bool
+    """Whether a frozen weight is multiplied with all tokens in one call."""
     anchor: torch.Tensor
     """Of no size; requires a gradient where the pass learns, so that autograd records it from the first adapter on."""
+
+    def hand_out(self) -> None:
+        """After the backward pass: to each trial what is not in its gradient yet."""
+        for adapter in self.adapters:
+            if isinstance(adapter, Stack):
+                adapter.hand_out()
 
 
 class Example(NamedTuple):
@@ -83,14 +63,19 @@ class Example(NamedTuple):
     """[T], -100 where nothing is learned."""
 
 
-def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.device) -> Pack:
-    """Lay out one batch of examples for each of several adapters."""
+def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.device, at_once: bool = False) -> Pack:
+    """Lay out one batch of examples for each of several adapters.
+
+    Args:
+        at_once: do for several trials in one call what can be; for that they have to come in ``stacking_order``.
+    """
     rows = [example for _, examples in batches for example in examples]
     counts = [len(examples) for _, examples in batches]
     first_rows = numpy.cumsum([0, *counts[:-1]])
     lengths = numpy.array([len(example.input_ids) for example in rows])
-    widths = numpy.maximum.reduceat(lengths, first_rows)
-    ends, padded = lengths.cumsum(), numpy.repeat(widths, counts)
+    rectangles = _rectangles(counts, numpy.maximum.reduceat(lengths, first_rows).tolist(), at_once)
+    padded = numpy.concatenate([numpy.full(*rectangle) for rectangle in rectangles])
+    ends = lengths.cumsum()
     starts, tokens = ends - lengths, numpy.add.reduceat(lengths, first_rows)
     positions = numpy.arange(ends[-1]) - numpy.repeat(starts, lengths)
     scatter = numpy.repeat(padded.cumsum() - padded, lengths) + positions
@@ -101,20 +86,27 @@ def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.dev
     predicting = numpy.flatnonzero(following != -100)
     learned = numpy.diff(numpy.searchsorted(predicting, tokens.cumsum()), prepend=0).tolist()
     next_ids = _on(device, following[predicting]).split(learned)
-    shapes = zip((adapter for adapter, _ in batches), counts, widths.tolist(), next_ids, strict=True)
-    parts = tuple(Part(*shape) for shape in shapes)
+    own = [adapter for adapter, _ in batches]
+    shared = stacked(own, tokens.tolist()) if at_once else list(zip(own, tokens.tolist(), strict=True))
     return Pack(
         input_ids=torch.cat([example.input_ids for example in rows]).to(device),
         positions=_on(device, positions),
         predicting=_on(device, predicting),
         gather=_on(device, gather),
         scatter=_on(device, scatter),
-        parts=parts,
-        tokens=tokens.tolist(),
-        places=(widths * counts).tolist(),
-        learned=learned,
-        anchor=torch.empty(0, requires_grad=any(part.adapter.gradients for part in parts)),
+        next_ids=tuple(next_ids),
+        adapters=tuple(adapter for adapter, _ in shared),
+        tokens=[count for _, count in shared],
+        rectangles=rectangles,
+        at_once=at_once,
+        anchor=torch.empty(0, requires_grad=any(adapter.gradient is not None for adapter in own)),
     )
+
+
+def _rectangles(counts: list[int], widths: list[int], at_once: bool) -> list[tuple[int, int]]:
+    """Each trial's examples, as wide as its longest, by themselves or with neighbours' that are about as wide."""
+    together = alike(counts, widths) if at_once else ([place] for place in range(len(counts)))
+    return [(sum(counts[k] for k in own), max(widths[k] for k in own)) for own in together]
 
 
 def _on(device: torch.device, array: Any) -> torch.Tensor:
@@ -140,13 +132,15 @@ def attend(
         [1, N, H, D]
     """
     assert pack is not None
-    rectangles = (_Padded.apply(tensor[0], pack).split(pack.places, 1) for tensor in (query, key, value))
+    places = [rows * width for rows, width in pack.rectangles]
+    padded = (_Padded.apply(tensor[0], pack).split(places, 1) for tensor in (query, key, value))
     grouped, found = query.shape[1] != key.shape[1], []
-    for part, *own in zip(pack.parts, *rectangles, strict=True):
-        q, k, v = (tensor.unflatten(1, (part.rows, part.width)).transpose(0, 1) for tensor in own)
+    for rectangle, *own in zip(pack.rectangles, *padded, strict=True):
+        q, k, v = (tensor.unflatten(1, rectangle).transpose(0, 1) for tensor in own)
         seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         found.append(seen.transpose(1, 2).flatten(0, 1))
-    return _Unpadded.apply(torch.cat(found), pack).unsqueeze(0), None
+    whole = torch.cat(found) if len(found) > 1 else found[0]
+    return _Unpadded.apply(whole, pack).unsqueeze(0), None
 
 
 class _Padded(torch.autograd.Function):
@@ -229,14 +223,12 @@ class Group:
     What an adapter does to their input is then one product for all of them, where each alone is narrow and slow.
 
     Args:
-        at_once: multiply a frozen weight with all trials' tokens in one call: fewer launches on a GPU, but then the
-            last bits of a trial may depend on how many tokens its neighbours have.
         place: of its weights in an adapter; None where adapters leave all of its layers alone.
         adapted: of each layer that adapters have, which of ``layers`` it is, and its place among all that they have.
     """
 
-    def __init__(self, current: Current, at_once: bool, place: int | None, adapted: list[tuple[int, int]]) -> None:
-        self.current, self.at_once, self.place, self.adapted = current, at_once, place, adapted
+    def __init__(self, current: Current, place: int | None, adapted: list[tuple[int, int]]) -> None:
+        self.current, self.place, self.adapted = current, place, adapted
         self.layers: list[PackedLinear] = []
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
@@ -252,15 +244,19 @@ class Group:
             self._input = None
         return found
 
+    def forget(self) -> None:
+        """What a pass that broke off has left: outputs that nobody asks for hold all that was computed before them."""
+        self._input, self._outputs = None, {}
+
     def weights(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Of each layer, [d_out, d_in]; one after the other, so that a GPU need not hold them all dequantised."""
         return (layer.weight(dtype) for layer in self.layers)
 
 
 class _AdaptedLinears(torch.autograd.Function):
-    """y = x W' + b + scale * drop(x) A' B' in each layer of a group, trial by trial.
+    """y = x W' + b + scale * drop(x) A' B' in each layer of a group, for one trial or one stack after the other.
 
-    Gradients of A and B go straight to their owner's.
+    Gradients of A and B go straight to their owner's, or to their stack's.
     """
 
     @staticmethod
@@ -273,15 +269,15 @@ class _AdaptedLinears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         flat, inner = x[0], []
         outputs = [flat.new_empty(len(flat), layer.layer.out_features) for layer in group.layers]
-        if group.at_once:
+        if pack.at_once:
             _multiply(flat, group.weights(x.dtype), outputs)
         else:
             weights = list(group.weights(x.dtype))
-        for part, own, *out in zip(pack.parts, *_shares(pack, flat, *outputs), strict=True):
-            if not group.at_once:
+        for adapter, own, *out in zip(pack.adapters, *_shares(pack, flat, *outputs), strict=True):
+            if not pack.at_once:
                 _multiply(own, weights, out)
             if group.place is not None:
-                inner.append(_adapt(part, group, own, out))
+                inner.append(adapter.adapt(group, own, out))
         for layer, y in zip(group.layers, outputs, strict=True):
             if layer.layer.bias is not None:
                 y += layer.layer.bias
@@ -294,20 +290,20 @@ class _AdaptedLinears(torch.autograd.Function):
         group, pack, (x, *inner) = ctx.group, ctx.pack, ctx.saved_tensors
         flat, dys = x[0], [dy[0] for dy in outer]
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        onward: Sequence[torch.Tensor | None] = [None] * len(pack.parts)
+        onward: Sequence[torch.Tensor | None] = [None] * len(pack.adapters)
         if dx is not None:
             (onward,) = _shares(pack, dx)
-            if group.at_once:
+            if pack.at_once:
                 _sum_products(dys, group.weights(x.dtype), dx)
             else:
                 weights = list(group.weights(x.dtype))
-        for k, (part, own_dx, own_x, *own_dys) in enumerate(
-            zip(pack.parts, onward, *_shares(pack, flat, *dys), strict=True)
+        for k, (adapter, own_dx, own_x, *own_dys) in enumerate(
+            zip(pack.adapters, onward, *_shares(pack, flat, *dys), strict=True)
         ):
-            if own_dx is not None and not group.at_once:
+            if own_dx is not None and not pack.at_once:
                 _sum_products(own_dys, weights, own_dx)
             if group.place is not None:
-                _adapter_gradients(part, group, own_x, inner[k], own_dys, own_dx)
+                adapter.learn(group, own_x, inner[k], own_dys, own_dx)
         return dx.unsqueeze(0) if dx is not None else None, None, None, None
 
 
@@ -327,76 +323,8 @@ def _sum_products(dys: Sequence[torch.Tensor], weights: Iterable[torch.Tensor], 
 
 
 def _shares(pack: Pack, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Each of [N, d] by trial; ``Tensor.split`` does the same and asks more questions first."""
+    """Each of [N, d] by whose it is; ``Tensor.split`` does the same and asks more questions first."""
     return [torch.split_with_sizes(tensor, pack.tokens) for tensor in tensors]
-
-
-def _adapt(part: Part, group: Group, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Adds what one trial's adapter makes of ``x`` to the group's outputs.
-
-    Returns:
-        [n * r, T], the adapter's inner features, those of one layer below those of another.
-    """
-    adapter, layers = part.adapter, group.adapted
-    weights = adapter.weights[group.place]  # type: ignore[index]
-    if adapter.dropout and adapter.gradients:
-        inner = x.new_empty(len(weights.a), len(x))
-        for (_, place), h, a in zip(layers, _by_layer(inner, layers), _by_layer(weights.a, layers), strict=True):
-            torch.mm(a, (x * _mask(x, adapter, place)).t(), out=h)
-    else:
-        inner = torch.mm(weights.a, x.t())
-    for (member, _), h, b_t in zip(layers, _by_layer(inner, layers), weights.b_t, strict=True):
-        outputs[member].addmm_(h.t(), b_t, alpha=adapter.scale)
-    return inner
-
-
-def _adapter_gradients(
-    part: Part,
-    group: Group,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    dys: Sequence[torch.Tensor],
-    dx: torch.Tensor | None,
-) -> None:
-    """Adds one trial's gradients of A and B to its own, and to ``dx``, where wanted, what its adapter passes on."""
-    adapter, layers = part.adapter, group.adapted
-    weights, scale = adapter.weights[group.place], adapter.scale  # type: ignore[index]
-    gradients = adapter.gradients[group.place]  # type: ignore[index]
-    d_inner = torch.empty_like(inner)
-    hs, dhs = _by_layer(inner, layers), _by_layer(d_inner, layers)
-    for (member, _), h, dh, b_t, db_t in zip(layers, hs, dhs, weights.b_t, gradients.b_t, strict=True):
-        torch.mm(b_t, dys[member].t(), out=dh)
-        _accumulate(db_t, h, dys[member], scale)
-    if not adapter.dropout:
-        _accumulate(gradients.a, d_inner, x, scale)
-        if dx is not None:
-            dx.addmm_(d_inner.t(), weights.a, alpha=scale)
-        return
-    own = zip(layers, dhs, _by_layer(weights.a, layers), _by_layer(gradients.a, layers), strict=True)
-    for (_, place), dh, a, da in own:
-        mask = _mask(x, adapter, place)
-        _accumulate(da, dh, x * mask, scale)
-        if dx is not None:
-            dx.addcmul_(torch.mm(dh.t(), a), mask, value=scale)
-
-
-def _by_layer(stacked: torch.Tensor, layers: Sequence[Any]) -> Sequence[torch.Tensor]:
-    return (stacked,) if len(layers) == 1 else stacked.chunk(len(layers))
-
-
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """``total += scale * left right``; the total is in 32 bits, the product in what the pass computes in."""
-    if total.dtype is left.dtype:
-        total.addmm_(left, right, alpha=scale)
-    else:
-        total.add_(torch.mm(left, right), alpha=scale)
-
-
-def _mask(x: torch.Tensor, adapter: Adapter, place: int) -> torch.Tensor:
-    """LoRA's dropout of one layer. Drawn again in the backward pass rather than kept: its key gives the same one."""
-    keep = 1 - adapter.dropout
-    drawn = torch.rand(x.shape, generator=lora.generator(x.device, *adapter.key, place), device=x.device)
-    return (drawn < keep).to(x.dtype) / keep
 
 
 class HeadLoss(torch.autograd.Function):

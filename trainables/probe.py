@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cluster import session
+from trainables.adapters import stacked_bytes
 from trainables.capacity import MemoryModel
 from trainables.contract import TrialConfig
 from trainables.data.snapshot import Snapshot
@@ -71,14 +72,17 @@ def memory(engine: Engine, largest: TrainingSpec) -> MemoryModel:
         head = (_peak(engine, slot, sizes[1], learned=sizes[1] - 1) - train[1]) / (sizes[1] - 2)
         token, eval_token = ((large - small) / (sizes[1] - sizes[0]) for small, large in (train, judged))
         fixed = max(0.0, train[0] - token * sizes[0])
-        slot_bytes = _slot_bytes(slot)
+        slot_bytes, spread = _slot_bytes(slot), 0.0
+        if engine.at_once:  # which a trial alone, as here, does not show
+            slot_bytes += slot.computing.nbytes + slot.vector.nbytes  # the stack's copy of weights, and of gradients
+            spread = _spread(engine, largest)
     chunk = min(HeadLoss.CHUNK, max(batch_tokens, eval_batch_tokens))
     return MemoryModel(
         base=_base_bytes(engine),
         scratch=round(fixed + max(0.0, head) * chunk),
         slot=slot_bytes,
-        token=max(0.0, token),
-        eval_token=max(0.0, eval_token),
+        token=max(0.0, token) + spread,
+        eval_token=max(0.0, eval_token) + spread,
         batch_tokens=batch_tokens,
         eval_batch_tokens=eval_batch_tokens,
         dequantised=_dequantised_bytes(engine),
@@ -164,6 +168,15 @@ def _slot_bytes(slot: Slot) -> int:
     assert slot.vector.grad is not None
     kept = {id(tensor): tensor for tensor in (slot.vector, slot.vector.grad, slot.best, slot.computing, *state)}
     return sum(tensor.nbytes for tensor in kept.values())
+
+
+def _spread(engine: Engine, largest: TrainingSpec) -> float:
+    """Bytes a token that padding adds where trials go together; recomputed activations are kept for no longer."""
+    sizes = engine.model.config
+    product, kept = stacked_bytes(
+        engine.layers, largest.r, sizes.hidden_size, sizes.num_hidden_layers, engine.dtype.itemsize
+    )
+    return product + (0.0 if largest.gradient_checkpointing else kept)
 
 
 def _base_bytes(engine: Engine) -> int:

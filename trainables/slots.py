@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from cluster import files
 from trainables import lora
+from trainables.adapters import Adapter, GroupWeights, grouped
 from trainables.contract import (
     ADAPTER,
     REPORT,
@@ -28,10 +29,12 @@ from trainables.contract import (
 )
 from trainables.lora import Pair, Target
 from trainables.order import epoch_order
-from trainables.packing import Adapter, Example, GroupWeights
+from trainables.packing import Example
 from trainables.spec import TrainingSpec
 
 _STATE, _TENSORS = "slot.json", "slot.safetensors"
+_DROPOUT = 1
+"""Before the key of a mask: weights are drawn by seed and layer, and a key may end in zeros that do not count."""
 
 
 @dataclass
@@ -116,13 +119,19 @@ class Slot:
         training = self.training
         if self.computing is not self.vector:
             self.computing.copy_(self.vector)
+        learns = micro_batch is not None
+        dropout = training.lora_dropout if learns else 0.0
+        key = (_DROPOUT, training.seed, self.progress.step, micro_batch or 0)
         return Adapter(
-            self.group_weights,
-            None if micro_batch is None else self.group_gradients,
-            training.r,
-            training.alpha / training.r,
-            training.lora_dropout,
-            (training.seed, self.progress.step, micro_batch or 0),
+            vector=self.computing,
+            gradient=self.vector.grad if learns else None,
+            weights=self.group_weights,
+            gradients=self.group_gradients,
+            layers=self.layers,
+            r=training.r,
+            scale=training.alpha / training.r,
+            dropout=dropout,
+            seeds=lora.seeds(len(self.layers), *key) if dropout else (),
         )
 
     def micro_batches(self) -> list[list[int]]:
@@ -223,16 +232,7 @@ class Slot:
         return {name: torch.as_tensor(value) for name, value in state.items()}
 
     def _groups(self, vector: torch.Tensor) -> list[GroupWeights]:
-        """The vector as a pass sees it: of each group of layers with one input first every A, then every B."""
-        found, start, r = [], 0, self.training.r
-        for group in lora.groups(self.layers):
-            shapes = [(len(group) * r, group[0].d_in), *((r, layer.d_out) for layer in group)]
-            sizes = [rows * columns for rows, columns in shapes]
-            parts = vector[start : start + sum(sizes)].split(sizes)
-            a, *b_t = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-            found.append(GroupWeights(a, b_t))
-            start += sum(sizes)
-        return found
+        return grouped(vector, self.layers, self.training.r)
 
     def _views(self, vector: torch.Tensor) -> list[Pair]:
         """A [r, d_in] and B [d_out, r] of each layer."""

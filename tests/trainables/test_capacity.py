@@ -67,14 +67,20 @@ def test_checkpointing_keeps_less_of_each_token(home: Path, data: Snapshot) -> N
     assert _probed(home, data, gradient_checkpointing=True).token < 0.6 * _probed(home, data).token
 
 
-def test_the_model_bounds_what_a_pass_really_takes(home: Path, data: Snapshot) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["apart", "at-once"])
+def test_the_model_bounds_what_a_pass_really_takes(at_once: bool, home: Path, data: Snapshot) -> None:
     """Against torch's own record of a step of four trials with their real batches."""
     spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     training = TrainingSpec(r=8, per_device_train_batch_size=8)
     engine = Engine(spec, data, capacity=4)
+    engine.at_once = at_once
     model = probe.memory(engine, training)
-    slots = [probe._slot(engine, training) for _ in range(4)]
+    kinds = enumerate((8, 6, 8, 7))
+    slots = [
+        probe._slot(engine, training.model_copy(update={"seed": seed, "per_device_train_batch_size": size}))
+        for seed, size in kinds
+    ]
     most = probe._peak_cpu(lambda: engine.learn(slots))
-    predicted = model.needed(4) - model.base - 4 * model.slot
+    predicted = model.needed(4) - model.base - 4 * probe._slot_bytes(slots[0])
     assert 0.5 * predicted < most <= predicted
     assert torch.isfinite(slots[0].vector.grad).all()

@@ -188,7 +188,7 @@ def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(spec, data,
     fits, real = 2, engine._losses
 
     def small_device(packed: Any) -> Any:
-        if len(packed.parts) > fits:
+        if len(packed.next_ids) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(packed)
 
@@ -207,7 +207,7 @@ def test_a_trial_that_does_not_fit_alone_fails_as_oom_and_alone(spec, data, tria
     real = engine._losses
 
     def small_device(packed: Any) -> Any:
-        if any(part.adapter.r == 64 for part in packed.parts):
+        if any(adapter.r == 64 for adapter in packed.adapters):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(packed)
 
