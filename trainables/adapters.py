@@ -251,9 +251,9 @@ def stacked(adapters: Sequence[Adapter], tokens: Sequence[int]) -> list[tuple[Ad
     found: list[tuple[Adapter | Stack, int]] = []
     pairs = list(zip(adapters, tokens, strict=True))
     for _, same in itertools.groupby(pairs, key=lambda pair: _kind(pair[0])):
-        kind, counts = zip(*same, strict=True)
+        members, counts = zip(*same, strict=True)
         for places in alike([1] * len(counts), counts):
-            own, together = [counts[k] for k in places], [kind[k] for k in places]
+            own, together = [counts[k] for k in places], [members[k] for k in places]
             found.append((Stack(together, own) if len(own) > 1 else together[0], sum(own)))
     return found
 

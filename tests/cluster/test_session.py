@@ -36,7 +36,8 @@ def test_a_node_takes_along_what_has_lost_its_parent() -> None:
 
 
 def test_a_node_that_is_interrupted_while_it_starts_ends(tmp_path: Path) -> None:
-    starts = (
+    starts = (  # of a suite in a shell's background it would have the signal ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from cluster import session\n"
         f"try: session.start_head(Path({str(tmp_path / 'log')!r}))\n"
         "except KeyboardInterrupt: print('interrupted')"
