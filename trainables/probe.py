@@ -172,7 +172,7 @@ def _slot_bytes(slot: Slot) -> int:
 
 def _spread(engine: Engine, largest: TrainingSpec) -> float:
     """Bytes a token that padding adds where trials go together; recomputed activations are kept for no longer."""
-    sizes = engine.model.config
+    sizes = engine.model.config.get_text_config()
     product, kept = stacked_bytes(
         engine.layers, largest.r, sizes.hidden_size, sizes.num_hidden_layers, engine.dtype.itemsize
     )
