@@ -56,7 +56,7 @@ def definition(trials: int, slots: int, batch: int) -> dict[str, Any]:
         "points_to_evaluate": [],
     }
     content["search"]["space"] |= {"num_train_epochs": {"low": 1, "high": 2}}
-    content["scheduler"] |= {"reduction_factor": 3}  # of trials this short 4 would stop nearly none
+    content["scheduler"] |= {"reduction_factor": 3}  # as in every figure that README and CONTRIBUTING give
     content["training"] |= {"per_device_train_batch_size": batch}
     content["gate"] = {"min_score": 1.0}  # the clock stops at the winner; nothing needs to be merged or registered
     content["tracking"] = {"enabled": False}

@@ -33,8 +33,8 @@ from trainables.packing import Example
 from trainables.spec import TrainingSpec
 
 _STATE, _TENSORS = "slot.json", "slot.safetensors"
-_DROPOUT = 1
-"""Before the key of a mask: weights are drawn by seed and layer, and a key may end in zeros that do not count."""
+_DROPOUT = 0x64726F70
+"""Before the key of a mask, and nobody's seed: weights are drawn by seed and layer, and a key's last zeros are lost."""
 
 
 @dataclass
