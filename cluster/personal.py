@@ -1,6 +1,6 @@
 """Personal data and secrets in texts: found by Presidio's and detect-secrets' recognisers, without any model.
 
-Importing this takes a second; the names of what is found are in ``entities``.
+Importing this takes two seconds; the names of what is found are in ``entities``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import presidio_analyzer.predefined_recognizers as presidio
 import tldextract
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from detect_secrets.plugins.base import RegexBasedDetector
 from detect_secrets.plugins.ip_public import IPPublicDetector
 from detect_secrets.plugins.private_key import PrivateKeyDetector
-from presidio_analyzer import EntityRecognizer, Pattern, PatternRecognizer
 
 from cluster.entities import ENTITIES, REGIONS, Entity, Region
+from cluster.imports import without
+
+with without("torch", "transformers"):  # for language models, which Presidio and spaCy would load where they are there
+    import presidio_analyzer.predefined_recognizers as presidio
+    from presidio_analyzer import EntityRecognizer, Pattern, PatternRecognizer
 
 CERTAIN = 0.4
 """Presidio's score from which a match counts: below it stand bare runs of digits that need context to mean anything."""

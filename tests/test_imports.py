@@ -95,6 +95,15 @@ def test_validate_loads_no_heavy_library(home: Path) -> None:
     assert "valid" in done.stderr
 
 
+def test_personal_data_is_found_without_what_language_models_need() -> None:
+    code = (
+        "import sys, cluster.personal; print(sorted({'torch', 'transformers'} & set(sys.modules)));"
+        "import torch, transformers; print(torch.__name__, transformers.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "torch transformers"], "not loaded, and there for whoever asks"
+
+
 def test_nothing_imports_in_a_circle() -> None:
     graph = {name_of(path): {name for name in map(_module, imports(path)) if name} for path in modules()}
 

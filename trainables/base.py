@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer
 
 from cluster import paths
 from trainables.spec import BaseModelSpec
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def source(spec: BaseModelSpec) -> str:
@@ -46,6 +49,8 @@ def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
     Raises:
         ValueError: the directory or hub id holds no model of this kind.
     """
+    from transformers import AutoModelForCausalLM  # twice what all else here takes; a driver loads no model
+
     dtype = compute_dtype(spec)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +71,8 @@ def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
 
 def load_merged(spec: BaseModelSpec, directory: str) -> PreTrainedModel:
     """A merged model on disk, in the definition's compute type."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=compute_dtype(spec), device_map={"": device()}, use_safetensors=True
     )
@@ -98,6 +105,8 @@ def fingerprint(spec: BaseModelSpec) -> str:
 
 
 def _nf4(spec: BaseModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
