@@ -1,4 +1,4 @@
-"""W&B: one run a trial through Ray's callback, grouped by sweep, and a summary run with the comparison table.
+"""W&B: one run a trial, grouped by sweep, and a summary run with the comparison table.
 
 Without a key everything is written offline under the run's directory, for a later ``wandb sync``.
 """
@@ -7,75 +7,131 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.air.integrations.wandb import WandbLoggerCallback, _WandbLoggingActor
-from ray.air.util.node import _force_on_current_node
+from ray.exceptions import GetTimeoutError, RayError
+from ray.tune import Callback
 from ray.tune.experiment import Trial
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import paths
 from sweeps.definition import TrackingSpec
 from sweeps.search.ledger import Ledger
 from sweeps.search.study import TrialRecord
+from trainables.contract import Report
 
 _COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
+_REPORTED = [field.name for field in fields(Report)]
 
 
-class _LoggingActor(_WandbLoggingActor):
-    """Ray's actor with the driver's W&B settings: on a cluster it does not inherit them.
+class _Runs:
+    """The W&B runs of a sweep's trials, written by one process of their own, which uploads that hang are ended with.
 
-    They come as an argument, since a runtime environment, where Ray puts the key, is shown by Ray's dashboard.
+    Ray's callback starts two processes a trial, 5 s of a core, where a run more in a process costs 0.2 s. Each run has
+    a thread, since beginning and finishing one waits for the server.
+
+    Args:
+        environment: the driver's W&B settings, which a process on a cluster does not inherit. They come as an argument,
+            since a runtime environment is shown by Ray's dashboard, and the key is one of them.
+        common: of every run, as ``wandb.init`` takes it.
+        timeout_s: how long a run may take to begin.
     """
 
-    def __init__(self, *args: Any, environment: dict[str, str], **kwargs: Any) -> None:
+    def __init__(self, environment: dict[str, str], common: dict[str, Any], timeout_s: int) -> None:
         os.environ.update(environment)
-        super().__init__(*args, **kwargs)
+        import wandb
+
+        # what W&B samples of a system would be this process's node, wherever the trial is
+        settings = wandb.Settings(silent=True, console="off", init_timeout=timeout_s, x_disable_stats=True)
+        self._begin = wandb.init
+        self._common = common | {"settings": settings, "reinit": "create_new"}
+        self._runs: dict[str, tuple[ThreadPoolExecutor, Future[Any]]] = {}
+        self._told: list[Future[None]] = []
+
+    def begin(self, name: str, config: dict[str, Any]) -> None:
+        """A run for a trial that starts; one that starts again has it already."""
+        if name not in self._runs:
+            thread = ThreadPoolExecutor(1)
+            self._runs[name] = thread, thread.submit(self._begin, name=name, config=config, **self._common)
+
+    def log(self, name: str, values: dict[str, Any], step: int) -> None:
+        self._tell(name, lambda run: run.log(values, step=step))
+
+    def end(self, name: str, state: str, reason: str) -> None:
+        def last(run: Any) -> None:
+            run.config.update({"state": state, "reason": reason}, allow_val_change=True)
+            run.finish()
+
+        self._tell(name, last)
+
+    def _tell(self, name: str, what: Callable[[Any], None]) -> None:
+        """In the order of the calls: a run has one thread."""
+        thread, run = self._runs[name]
+        self._told.append(thread.submit(lambda: what(run.result())))
+
+    def finish(self) -> str | None:
+        """Waits until all that was told is written; what failed first, if anything did."""
+        failures = [str(failure) or repr(failure) for told in self._told if (failure := told.exception())]
+        return failures[0].strip().splitlines()[0] if failures else None
 
 
-class TrialTracking(WandbLoggerCallback):
-    """Ray's callback, with how each trial ended in its W&B run's config: ``state`` and ``reason``."""
+class TrialTracking(Callback):
+    """A W&B run for each trial, with how it ended in its config: ``state`` and ``reason``.
 
-    _logger_actor_cls = _LoggingActor
-    AUTO_CONFIG_KEYS = [*WandbLoggerCallback.AUTO_CONFIG_KEYS, "state", "reason"]  # noqa: RUF012  as Ray has it
+    What W&B does not take is not the sweep's failure: a line at the end says so.
+    """
 
     def __init__(self, spec: TrackingSpec, run_id: str, ledger: Ledger) -> None:
-        super().__init__(
-            project=spec.project,
-            group=run_id,
-            excludes=["time_since_restore", "iterations_since_restore", "timestamp", "time_total_s"],
-            upload_timeout=spec.upload_timeout_s,
-            dir=str(paths.run_dir(run_id)),
-            environment={name: value for name, value in os.environ.items() if name.startswith("WANDB_")},
+        self.ledger, self.timeout_s, self.live = ledger, spec.upload_timeout_s, set[str]()
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.runs: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Runs).remote(
+            {name: value for name, value in os.environ.items() if name.startswith("WANDB_")},
+            {"project": spec.project, "group": run_id, "dir": str(paths.run_dir(run_id))},
+            spec.upload_timeout_s,
         )
-        self.ledger, self.live = ledger, set[Trial]()
 
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        super().setup(*args, **kwargs)
-        options: Any = _force_on_current_node()
-        self._remote_logger_class = ray.remote(num_cpus=0, **options)(self._logger_actor_cls)  # type: ignore[assignment]
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        name = trial.config["trial_id"]
+        self.live.add(name)
+        self.runs.begin.remote(name, trial.config)
 
-    def log_trial_start(self, trial: Trial) -> None:
-        self.live.add(trial)
-        super().log_trial_start(trial)
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "step" in result:  # a failure, told as a result, has none
+            measured = {f"measured/{name}": value for name, value in result.get("measured", {}).items()}
+            values = {name: result[name] for name in _REPORTED if name in result} | measured
+            self.runs.log.remote(trial.config["trial_id"], values, result["step"])
 
-    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
-        if trial in self._trial_logging_actors:
-            verdict = self.ledger.read(trial.trial_id)
-            self._log_ending(trial, verdict.state, verdict.reason or "")
-            self.live.discard(trial)
-        super().log_trial_end(trial, failed)
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        verdict = self.ledger.read(trial.trial_id)
+        self._end(trial.config["trial_id"], verdict.state, verdict.reason or "")
+
+    on_trial_error = on_trial_complete
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """Ray waits ``upload_timeout`` for runs of interrupted trials, which nobody told to end; this tells them."""
-        for trial in self.live & set(self._trial_logging_actors):
-            self._log_ending(trial, "RUNNING", "interrupted")
-            self._signal_logging_actor_stop(trial=trial)
-        super().on_experiment_end(trials, **info)
+        """Trials that still run then are those of an interrupted sweep."""
+        for name in sorted(self.live):
+            self._end(name, "RUNNING", "interrupted")
+        try:
+            failure = ray.get(self.runs.finish.remote(), timeout=self.timeout_s)
+        except GetTimeoutError:
+            failure = f"uploads were not done {self.timeout_s} s after the last trial (tracking.upload_timeout_s)"
+        except RayError as error:
+            failure = str(error).strip().splitlines()[-1]
+        ray.kill(self.runs)
+        if failure:
+            print(f"W&B: not all of the trials' runs were written: {failure}", file=sys.stderr, flush=True)
 
-    def _log_ending(self, trial: Trial, state: str, reason: str) -> None:
-        super().log_trial_result(0, trial, {"state": state, "reason": reason, "config": {}})
+    def _end(self, name: str, state: str, reason: str) -> None:
+        if name in self.live:
+            self.live.remove(name)
+            self.runs.end.remote(name, state, reason)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -194,3 +194,13 @@ def test_wandb_has_a_run_a_trial_and_a_summary(search, home: Path) -> None:
         b"learning_rate",
     ):
         assert word in said, word
+
+
+def test_what_wandb_does_not_take_is_said_and_is_not_the_sweeps_failure(search, monkeypatch, capsys) -> None:
+    for name, value in {"MODE": "online", "API_KEY": "k" * 40, "BASE_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    _, records = search([8], tracking={"enabled": True, "upload_timeout_s": 1}, scheduler={"type": "none"})
+    assert records[0].state == "COMPLETE"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("W&B: not all of the trials' runs were written: ")
+    assert "k" * 40 not in last
