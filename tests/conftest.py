@@ -9,9 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from trainables.data.snapshot import Snapshot
+    from trainables.spec import BaseModelSpec
 
 ROOT = Path(__file__).parent.parent
 os.environ["WANDB_MODE"] = "offline"
@@ -55,6 +59,35 @@ def home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = home_of(world, tmp_path / "home")
     monkeypatch.setenv("WINNOW_HOME", str(root))
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(world: Path) -> BaseModelSpec:
+    """The world's base."""
+    from trainables.spec import BaseModelSpec
+
+    return BaseModelSpec(model_name_or_path=str(world / "bases" / "tiny"))
+
+
+def prepared(world: Path, home: Path, *more: str, **data: Any) -> Snapshot:
+    """A snapshot under ``home`` of the world's tickets and ``more`` of its files, which train alone. Read only."""
+    from trainables import base
+    from trainables.data import prepare
+    from trainables.spec import BaseModelSpec, DataSpec, SourceSpec
+
+    files = world / "sources" / "tickets"
+    sources = [SourceSpec(path=str(files / "tickets.jsonl"))]
+    sources += [SourceSpec(path=str(files / name), splits="train") for name in more]
+    tokenizer = base.load_tokenizer(BaseModelSpec(model_name_or_path=str(world / "bases" / "tiny")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(home))
+        return prepare.prepare(DataSpec(sources=tuple(sources), max_length=128, min_examples=50, **data), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tickets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """The world's tickets in tokens, for tests of training."""
+    return prepared(world, tmp_path_factory.mktemp("tickets"))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from trainables import base, packed, scoring, solo
 from trainables.contract import ADAPTER, Report, TrialConfig, TrialFailure, is_whole
-from trainables.data import prepare, snapshot
-from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+from trainables.data import snapshot
+from trainables.data.snapshot import Snapshot
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 BACKENDS: dict[str, Callable] = {"solo": solo.run_trial, "packed": packed.run_trial}
 Collected = list[tuple[Report, Path]]
@@ -27,14 +28,10 @@ def backend(request: pytest.FixtureRequest) -> Callable:
 
 
 @pytest.fixture
-def trial(home: Path) -> Callable[..., TrialConfig]:
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
-    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
-
+def trial(tiny: BaseModelSpec, tickets: Snapshot) -> Callable[..., TrialConfig]:
     def make(**training) -> TrialConfig:
         values = {"r": 4, "learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16}
-        return TrialConfig("t0000", spec, TrainingSpec(**values | training), str(data.directory), 16)
+        return TrialConfig("t0000", tiny, TrainingSpec(**values | training), str(tickets.directory), 16)
 
     return make
 

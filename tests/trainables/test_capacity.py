@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from trainables import base, probe
+from trainables import probe
 from trainables.capacity import MemoryModel
-from trainables.data import prepare
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine
-from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 MODEL = MemoryModel(
     base=1000,
@@ -43,36 +42,31 @@ def test_slots_are_those_that_fit_whole(limit: int, slots: int) -> None:
 
 
 @pytest.fixture
-def data(home: Path) -> Snapshot:
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
-    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    return prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
+def probed(tiny: BaseModelSpec, tickets: Snapshot) -> Callable[..., MemoryModel]:
+    def probe_with(**training: object) -> MemoryModel:
+        wanted = TrainingSpec.model_validate({"r": 8, "per_device_train_batch_size": 8} | training)
+        return probe.memory(Engine(tiny, tickets, gradient_checkpointing=wanted.gradient_checkpointing), wanted)
+
+    return probe_with
 
 
-def _probed(home: Path, data: Snapshot, **training: object) -> MemoryModel:
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
-    wanted = TrainingSpec.model_validate({"r": 8, "per_device_train_batch_size": 8} | training)
-    return probe.memory(Engine(spec, data, gradient_checkpointing=wanted.gradient_checkpointing), wanted)
-
-
-def test_a_probe_finds_what_a_trial_adds(home: Path, data: Snapshot) -> None:
-    small, large = _probed(home, data), _probed(home, data, r=16, per_device_train_batch_size=16)
+def test_a_probe_finds_what_a_trial_adds(probed) -> None:
+    small, large = probed(), probed(r=16, per_device_train_batch_size=16)
     assert large.base == small.base
     assert large.slot == pytest.approx(2 * small.slot, rel=0.01)  # a scalar or two beside the vectors
     assert large.batch_tokens > 1.5 * small.batch_tokens
     assert large.token >= small.token > small.eval_token > 0
 
 
-def test_checkpointing_keeps_less_of_each_token(home: Path, data: Snapshot) -> None:
-    assert _probed(home, data, gradient_checkpointing=True).token < 0.6 * _probed(home, data).token
+def test_checkpointing_keeps_less_of_each_token(probed) -> None:
+    assert probed(gradient_checkpointing=True).token < 0.6 * probed().token
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["apart", "at-once"])
-def test_the_model_bounds_what_a_pass_really_takes(at_once: bool, home: Path, data: Snapshot) -> None:
+def test_the_model_bounds_what_a_pass_really_takes(at_once: bool, tiny, tickets) -> None:
     """Against torch's own record of a step of four trials with their real batches."""
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
     training = TrainingSpec(r=8, per_device_train_batch_size=8)
-    engine = Engine(spec, data, capacity=4)
+    engine = Engine(tiny, tickets, capacity=4)
     engine.at_once = at_once
     model = probe.memory(engine, training)
     kinds = enumerate((8, 6, 8, 7))

@@ -9,29 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import prepared
 
-from trainables import base, probe, solo
+from trainables import probe, solo
 from trainables.contract import Report, TrialConfig
-from trainables.data import prepare
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine, Evaluated, Failed
-from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 Curve = list[tuple[int, float]]
 
 
 @pytest.fixture
-def spec(home: Path) -> BaseModelSpec:
-    return BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
+def spec(tiny: BaseModelSpec) -> BaseModelSpec:
+    return tiny
 
 
-@pytest.fixture
-def data(home: Path, spec: BaseModelSpec) -> Snapshot:
-    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    general = SourceSpec(path=str(home / "sources" / "tickets" / "general-train.jsonl"), splits="train")
-    return prepare.prepare(
-        DataSpec(sources=(tickets, general), max_length=128, min_examples=50), base.load_tokenizer(spec)
-    )
+@pytest.fixture(scope="module")
+def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return prepared(world, tmp_path_factory.mktemp("general"), "general-train.jsonl")
 
 
 @pytest.fixture

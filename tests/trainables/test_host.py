@@ -14,13 +14,13 @@ import ray
 import torch
 
 from cluster import session
-from trainables import base, host, packed, placement
+from trainables import host, packed, placement
 from trainables.capacity import MemoryModel
 from trainables.contract import Report, TrialConfig, TrialFailure
-from trainables.data import prepare
+from trainables.data.snapshot import Snapshot
 from trainables.host import EngineConfig
 from trainables.placement import Move, Occupancy
-from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,28 +30,34 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def trial(home: Path) -> Callable[..., TrialConfig]:
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
-    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
-
+def trial(tiny: BaseModelSpec, tickets: Snapshot) -> Callable[..., TrialConfig]:
     def make(name: str, **training: Any) -> TrialConfig:
         values = {"r": 4, "learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
-        return TrialConfig(name, spec, TrainingSpec(**values | training), str(data.directory), 8)
+        return TrialConfig(name, tiny, TrainingSpec(**values | training), str(tickets.directory), 8)
 
     return make
 
 
+@pytest.fixture(scope="module")
+def kept() -> Iterator[dict[tuple[int, int], list[Any]]]:
+    """The engines of the test before, by their number and capacity: each takes ten seconds to start."""
+    running: dict[tuple[int, int], list[Any]] = {}
+    yield running
+    for engines in running.values():
+        host.stop(engines)
+
+
 @pytest.fixture
-def engines(trial) -> Iterator[Callable[..., list[Any]]]:
-    started: list[Any] = []
-
+def engines(trial, kept) -> Callable[..., list[Any]]:
     def start(count: int, capacity: int) -> list[Any]:
-        started.extend(host.start(count, {"CPU": 1}, as_engine(trial("any"), capacity)))
-        return started
+        if (count, capacity) not in kept:
+            for others in kept.values():
+                host.stop(others)  # for their cores
+            kept.clear()
+            kept[count, capacity] = host.start(count, {"CPU": 1}, as_engine(trial("any"), capacity))
+        return kept[count, capacity]
 
-    yield start
-    host.stop(started)
+    return start
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
 
 
 def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
-    one = engines(1, capacity=1)
+    one = engines(2, capacity=1)[:1]
     first, seen = submit(one, trial("first", num_train_epochs=50))
     wait_for(seen, 1)
     second, reports = submit(one, trial("second"))
@@ -125,10 +131,29 @@ def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submi
     second.result(timeout=120)
     assert len(reports) == 4
     stays = ray.get(one[0].account.remote())["stays"]
-    assert [(stay["trial_id"], stay["slot"], stay["ending"]) for stay in stays] == [
+    assert [(stay["trial_id"], stay["slot"], stay["ending"]) for stay in stays][-2:] == [
         ("first", 0, "evicted"),
         ("second", 0, "ended"),
     ]
+
+
+def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(trial, engines, submit) -> None:
+    engine, _ = engines(2, capacity=1)
+    bucket = placement.bucket(trial("a").training)
+    assert ray.get(engine.reserve.remote("a", bucket))
+    assert ray.get(engine.leave.remote("a", 1))
+    assert ray.get(engine.occupancy.remote()) == Occupancy(0, {})
+    assert not ray.get(engine.reserve.remote("a", bucket, moves=True))
+    assert not ray.get(engine.leave.remote("b", 1)), "it is not here"
+    ray.get(engine.evict.remote("a"))
+    assert ray.get(engine.reserve.remote("a", bucket)), "it is stopped, and may be tried again"
+    ray.get(engine.withdraw.remote("a"))
+    assert ray.get(engine.occupancy.remote()) == Occupancy(1, {})
+    future, reports = submit([engine], trial("a", num_train_epochs=1))
+    wait_for(reports, 1)
+    ray.get(engine.withdraw.remote("a"))
+    future.result(timeout=60)
+    assert len(reports) == 2, "it has come, and no reservation is left to withdraw"
 
 
 def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, engines, submit, tmp_path: Path) -> None:
@@ -152,44 +177,25 @@ def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, e
     assert curve(running[2][1]) == alone(configs[2], tmp_path / "alone")
 
 
-def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(trial, engines, submit) -> None:
-    (engine,) = engines(1, capacity=1)
-    bucket = placement.bucket(trial("a").training)
-    assert ray.get(engine.reserve.remote("a", bucket))
-    assert ray.get(engine.leave.remote("a", 1))
-    assert ray.get(engine.occupancy.remote()) == Occupancy(0, {})
-    assert not ray.get(engine.reserve.remote("a", bucket, moves=True))
-    assert not ray.get(engine.leave.remote("b", 1)), "it is not here"
-    ray.get(engine.evict.remote("a"))
-    assert ray.get(engine.reserve.remote("a", bucket)), "it is stopped, and may be tried again"
-    ray.get(engine.withdraw.remote("a"))
-    assert ray.get(engine.occupancy.remote()) == Occupancy(1, {})
-    future, reports = submit([engine], trial("a", num_train_epochs=1))
-    wait_for(reports, 1)
-    ray.get(engine.withdraw.remote("a"))
-    future.result(timeout=60)
-    assert len(reports) == 2, "it has come, and no reservation is left to withdraw"
-
-
 def test_a_slot_that_was_kept_in_vain_or_lost_costs_nothing(
     trial, engines, submit, monkeypatch, tmp_path: Path
 ) -> None:
     both = engines(2, capacity=2)
-    config = trial("a", num_train_epochs=12)
+    config = trial("kept", num_train_epochs=12)
     future, reports = submit(both, config)
     wait_for(reports, 1)
-    here = next(place for place, account in enumerate(accounts(both)) if account["stays"])
+    here = next(place for place, account in enumerate(accounts(both)) if account["stays"][-1]["trial_id"] == "kept")
     there = 1 - here
-    assert ray.get(both[here].reserve.remote("b", placement.bucket(config.training)))
-    moves = [Move("b", here, there)]
+    assert ray.get(both[here].reserve.remote("ends", placement.bucket(config.training)))
+    moves = [Move("ends", here, there)]
 
     def ends_just_then(_: list[Occupancy]) -> Move | None:
-        ray.get(both[here].evict.remote("b"))
+        ray.get(both[here].evict.remote("ends"))
         return moves.pop() if moves else None
 
     with monkeypatch.context() as patched:
         patched.setattr(placement, "evener", ends_just_then)
-        host.even_out(both, "c", goes_on=False)
+        host.even_out(both, "another", goes_on=False)
     assert not moves
     assert ray.get(both[there].occupancy.remote()) == Occupancy(2, {})
     (answer,) = both[there].train.options(num_returns="streaming").remote(config, None)
@@ -199,21 +205,8 @@ def test_a_slot_that_was_kept_in_vain_or_lost_costs_nothing(
     assert curve(reports) == alone(config, tmp_path / "alone")
 
 
-def test_an_engine_holds_as_many_as_its_memory_does(trial) -> None:
-    config = trial("any")
-    (roomy,) = host.start(1, {"CPU": 1}, as_engine(config, capacity=4))
-    account = ray.get(roomy.account.remote())
-    host.stop([roomy])
-    assert account["capacity"] == 4
-    model = MemoryModel(**account["memory"])
-    assert model.slots(account["memory_bytes"]) > 4
-    (small,) = host.start(1, {"CPU": 1}, as_engine(config, 4, model.needed(2) + 1))
-    assert ray.get(small.capacity.remote()) == 2
-    host.stop([small])
-
-
 def test_a_failure_is_its_own_trials_alone(trial, engines, submit, tmp_path: Path) -> None:
-    one = engines(1, capacity=3)
+    one = engines(2, capacity=2)[:1]
     healthy = trial("healthy")
     future, reports = submit(one, healthy)
     broken, _ = submit(one, trial("broken", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0))
@@ -226,6 +219,17 @@ def test_a_failure_is_its_own_trials_alone(trial, engines, submit, tmp_path: Pat
     future.result(timeout=120)
     assert (nan.value.reason, unreadable.value.reason) == ("nan", "error")
     assert curve(reports) == alone(healthy, tmp_path / "alone")
+
+
+def test_an_engine_holds_as_many_as_its_memory_does(trial, engines) -> None:
+    (roomy,) = engines(1, capacity=2)
+    account = ray.get(roomy.account.remote())
+    assert account["capacity"] == 2
+    model = MemoryModel(**account["memory"])
+    assert model.slots(account["memory_bytes"]) > 2
+    (small,) = host.start(1, {"CPU": 1}, as_engine(trial("any"), 2, model.needed(1) + 1))
+    assert ray.get(small.capacity.remote()) == 1
+    host.stop([small])
 
 
 def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,30 +13,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainables import base
 from trainables.adapters import Stack
 from trainables.contract import TrialConfig
-from trainables.data import prepare
+from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine
 from trainables.packing import Example, pack
 from trainables.slots import Slot
-from trainables.spec import BaseModelSpec, DataSpec, SourceSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
 
 Admit = Callable[..., Slot]
 
 
 @pytest.fixture
-def engine(home: Path) -> Engine:
-    return _engine(home)
+def make(tiny: BaseModelSpec, tickets: Snapshot) -> Callable[..., Engine]:
+    return lambda **options: Engine(tiny, tickets, **options)
+
+
+@pytest.fixture
+def engine(make) -> Engine:
+    return make()
 
 
 @pytest.fixture
 def admit(engine: Engine) -> Admit:
     return lambda name, **training: _admit(engine, name, **training)
-
-
-def _engine(home: Path, **options: Any) -> Engine:
-    spec = BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"))
-    tickets = SourceSpec(path=str(home / "sources" / "tickets" / "tickets.jsonl"))
-    data = prepare.prepare(DataSpec(sources=(tickets,), max_length=128, min_examples=50), base.load_tokenizer(spec))
-    return Engine(spec, data, **options)
 
 
 def _admit(engine: Engine, name: str, **training: Any) -> Slot:
@@ -58,7 +55,7 @@ def _loss(engine: Engine, slot: Slot) -> torch.Tensor:
 
 
 def test_examples_of_unequal_length_are_what_stock_transformers_computes_one_by_one(
-    home: Path, engine: Engine, admit: Admit
+    engine: Engine, admit: Admit
 ) -> None:
     """Padding neither attends nor counts, positions start anew, and neighbours are not seen."""
     stock = base.load_model(engine.spec).train()  # without gradients bitsandbytes takes a coarser path on a CPU
@@ -141,10 +138,10 @@ def _moments(slot: Slot) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["apart", "at-once"])
-def test_checkpointed_activations_come_from_the_same_slots(at_once: bool, home: Path) -> None:
+def test_checkpointed_activations_come_from_the_same_slots(at_once: bool, make) -> None:
     gradients = []
     for checkpointing in (False, True):
-        engine = _engine(home, gradient_checkpointing=checkpointing)
+        engine = make(gradient_checkpointing=checkpointing)
         engine.at_once = at_once
         slots = [_admit(engine, str(seed), r=4 * 2 ** (seed // 2), seed=seed, lora_dropout=0.2) for seed in range(4)]
         engine.learn(slots)
@@ -166,11 +163,11 @@ MIXED = (
 @pytest.mark.parametrize(
     "options", [{}, {"lora_dropout": 0.3}, {"target_modules": "attention-qv"}], ids=["plain", "dropout", "modules"]
 )
-def test_all_trials_at_once_is_the_same_but_for_rounding(options: dict[str, Any], home: Path) -> None:
+def test_all_trials_at_once_is_the_same_but_for_rounding(options: dict[str, Any], make) -> None:
     """As on a GPU; in training and in evaluation, and every trial has what is its own."""
     gradients, losses, evals = [], [], []
     for at_once in (False, True):
-        engine = _engine(home, **{name: value for name, value in options.items() if name == "target_modules"})
+        engine = make(**{name: value for name, value in options.items() if name == "target_modules"})
         engine.at_once = at_once
         slots = [_admit(engine, str(seed), seed=seed, **kind | options) for seed, kind in enumerate(MIXED)]
         losses.append([loss for loss, _ in engine.learn(slots).values()])
@@ -195,12 +192,12 @@ def test_neighbours_of_one_rank_and_about_one_length_share_their_calls(engine: E
     assert order[2] == len(MIXED) - 1
 
 
-def test_calls_at_once_do_not_grow_with_trials(home: Path) -> None:
+def test_calls_at_once_do_not_grow_with_trials(make) -> None:
     """But for what is done once for each: its loss, and its way into the pass and out of it."""
     counts: dict[tuple[bool, int], int] = {}
     for at_once in (False, True):
         for trials in (2, 6):
-            engine = _engine(home)
+            engine = make()
             engine.at_once = at_once
             slots = [_admit(engine, str(seed), seed=seed) for seed in range(trials)]
             with _Calls() as calls:

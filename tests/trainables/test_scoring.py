@@ -6,30 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prepared
 from transformers import AutoModelForCausalLM
 
 from trainables import base, merge, metrics, scoring, solo
 from trainables.contract import TrialConfig
-from trainables.data import prepare, snapshot
+from trainables.data import snapshot
 from trainables.generation import with_transformers
-from trainables.spec import BaseModelSpec, DataSpec, EvaluationSpec, SourceSpec, TrainingSpec
+from trainables.spec import BaseModelSpec, EvaluationSpec, TrainingSpec
 
 
 @pytest.fixture
-def spec(home: Path) -> BaseModelSpec:
-    return BaseModelSpec(model_name_or_path=str(home / "bases" / "tiny"), quantization="none")
+def spec(tiny: BaseModelSpec) -> BaseModelSpec:
+    return tiny.model_copy(update={"quantization": "none"})
 
 
-@pytest.fixture
-def data(home: Path, spec: BaseModelSpec) -> snapshot.Snapshot:
-    tickets = home / "sources" / "tickets"
-    made = DataSpec(
-        sources=(SourceSpec(path=str(tickets / "tickets.jsonl")),),
-        general=str(tickets / "general-test.jsonl"),
-        max_length=128,
-        min_examples=50,
-    )
-    return prepare.prepare(made, base.load_tokenizer(spec))
+@pytest.fixture(scope="module")
+def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> snapshot.Snapshot:
+    general = str(world / "sources" / "tickets" / "general-test.jsonl")
+    return prepared(world, tmp_path_factory.mktemp("scored"), general=general)
 
 
 def test_loss_weighs_every_labelled_token_the_same_whatever_the_batch(spec, data) -> None:
