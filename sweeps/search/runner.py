@@ -22,7 +22,7 @@ from sweeps.search.scheduler import WatchedASHA
 from sweeps.search.searcher import StudySearcher
 from sweeps.search.study import TrialRecord
 from sweeps.search.table import LiveTable
-from sweeps.search.tracking import TrialTracking
+from sweeps.search.tracking import tracked
 from sweeps.search.trainable import train_trial
 from trainables import host
 from trainables.contract import ADAPTER, REPORT, is_whole, steps_per_epoch
@@ -60,8 +60,8 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
-        with _engines(definition, run_id, data) as engines:
-            _tuner(definition, run_id, data, searcher, scheduler, left, engines).fit()
+        with _engines(definition, run_id, data) as engines, tracked(definition.tracking, run_id, ledger) as tracking:
+            _tuner(definition, run_id, data, searcher, scheduler, left, engines, tracking).fit()
     records = studies.records(study)
     for record in records:
         _keep_adapter(run_id, record)
@@ -127,6 +127,7 @@ def _tuner(
     scheduler: WatchedASHA,
     left_checkpoints: dict[int, Path],
     engines: list[Any],
+    tracking: list[tune.Callback],
 ) -> Tuner:
     trainable: Any = tune.with_parameters(
         train_trial,
@@ -136,11 +137,9 @@ def _tuner(
         **({"engines": engines} if engines else {}),
     )
     slots = sum(ray.get([engine.capacity.remote() for engine in engines])) if engines else None
-    callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples)]
+    callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples), *tracking]
     if engines:
         callbacks.append(_Slots(engines, searcher.remaining))
-    if definition.tracking.enabled:
-        callbacks.append(TrialTracking(definition.tracking, run_id, searcher.ledger))
     return Tuner(
         tune.with_resources(trainable, _RELAY if engines else definition.resources.as_ray()),
         tune_config=TuneConfig(

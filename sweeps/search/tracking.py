@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from trainables.contract import Report
 
 _COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
 _REPORTED = [field.name for field in fields(Report)]
+_OF_ONE_RUN = {"WANDB_RUN_ID", "WANDB_SERVICE"}
+"""Of W&B's environment: one run's id, and the process that writes the driver's own."""
 
 
 class _Runs:
@@ -46,28 +49,32 @@ class _Runs:
         os.environ.update(environment)
         import wandb
 
-        # what W&B samples of a system would be this process's node, wherever the trial is
-        settings = wandb.Settings(silent=True, console="off", init_timeout=timeout_s, x_disable_stats=True)
+        wandb.setup()  # reads the environment; threads that do it first at once may find half of it
+        settings = {"silent": True, "console": "off", "init_timeout": timeout_s}  # no Settings: init writes into one
         self._begin = wandb.init
         self._common = common | {"settings": settings, "reinit": "create_new"}
         self._runs: dict[str, tuple[ThreadPoolExecutor, Future[Any]]] = {}
         self._told: list[Future[None]] = []
 
-    def begin(self, name: str, config: dict[str, Any]) -> None:
+    def begin(self, name: str, config: dict[str, Any], run_id: str) -> None:
         """A run for a trial that starts; one that starts again has it already."""
         if name not in self._runs:
             thread = ThreadPoolExecutor(1)
-            self._runs[name] = thread, thread.submit(self._begin, name=name, config=config, **self._common)
+            begun = thread.submit(self._begin, id=run_id, name=name, config=config, **self._common)
+            self._runs[name] = thread, begun
 
     def log(self, name: str, values: dict[str, Any], step: int) -> None:
         self._tell(name, lambda run: run.log(values, step=step))
 
     def end(self, name: str, state: str, reason: str) -> None:
         def last(run: Any) -> None:
-            run.config.update({"state": state, "reason": reason}, allow_val_change=True)
-            run.finish()
+            try:
+                run.config.update({"state": state, "reason": reason}, allow_val_change=True)
+            finally:
+                run.finish()
 
         self._tell(name, last)
+        self._runs[name][0].shutdown(wait=False)
 
     def _tell(self, name: str, what: Callable[[Any], None]) -> None:
         """In the order of the calls: a run has one thread."""
@@ -89,8 +96,9 @@ class TrialTracking(Callback):
     def __init__(self, spec: TrackingSpec, run_id: str, ledger: Ledger) -> None:
         self.ledger, self.timeout_s, self.live = ledger, spec.upload_timeout_s, set[str]()
         here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        named = {name for name in os.environ if name.startswith("WANDB_")} - _OF_ONE_RUN
         self.runs: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Runs).remote(
-            {name: value for name, value in os.environ.items() if name.startswith("WANDB_")},
+            {name: os.environ[name] for name in named},
             {"project": spec.project, "group": run_id, "dir": str(paths.run_dir(run_id))},
             spec.upload_timeout_s,
         )
@@ -98,7 +106,7 @@ class TrialTracking(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         name = trial.config["trial_id"]
         self.live.add(name)
-        self.runs.begin.remote(name, trial.config)
+        self.runs.begin.remote(name, trial.config, trial.trial_id)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -114,8 +122,8 @@ class TrialTracking(Callback):
 
     on_trial_error = on_trial_complete
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """Trials that still run then are those of an interrupted sweep."""
+    def close(self) -> None:
+        """End all runs. Trials that have not ended are those of a sweep that was interrupted, or failed."""
         for name in sorted(self.live):
             self._end(name, "RUNNING", "interrupted")
         try:
@@ -135,6 +143,19 @@ class TrialTracking(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+@contextmanager
+def tracked(spec: TrackingSpec, run_id: str, ledger: Ledger) -> Iterator[list[Callback]]:
+    """Tune's callbacks for W&B, none where it is off. Whatever ends the block, each run ends with it."""
+    if not spec.enabled:
+        yield []
+        return
+    tracking = TrialTracking(spec, run_id, ledger)
+    try:
+        yield [tracking]
+    finally:
+        tracking.close()
 
 
 def prepare_environment() -> None:

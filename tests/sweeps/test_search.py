@@ -182,7 +182,10 @@ def test_wandb_has_a_run_a_trial_and_a_summary(search, home: Path) -> None:
     tracking.log_summary(loaded.tracking, "tracked", records, "t0000")
     runs = sorted((paths.run_dir("tracked") / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 3
-    said = b"".join(run.read_bytes() for run in runs)
+    each = [run.read_bytes() for run in runs]
+    of_trials = [said for said in each if b"tracked-summary" not in said]
+    assert sorted((b"t0000" in said, b"t0001" in said) for said in of_trials) == [(False, True), (True, False)], "names"
+    said = b"".join(each)
     for word in (
         b"COMPLETE",
         b"FAILED",
