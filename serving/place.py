@@ -22,8 +22,8 @@ from serving import registry
 from serving.traffic import Routes
 
 HOST, PORT = "127.0.0.1", 8000
-POLL_S, TELL_S = 0.2, 15
-"""How often Serve is asked how far something is, and a person told."""
+POLL_S, TELL_S = 0.5, 15
+"""How often Serve is asked how far something is (0.05 s of a core each), and a person told."""
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 _OF_OUR_CLUSTER = {
     # A replica's code and its handles run in the event loop in which requests arrive: a hop between two threads costs
@@ -64,16 +64,19 @@ class Deployed:
 
 
 @contextmanager
-def cluster(log: Log, start: bool) -> Iterator[bool]:
+def cluster(log: Log, start: bool, meanwhile: Callable[[], None] = lambda: None) -> Iterator[bool]:
     """Connected to the serving cluster for the block; False where there is none and ``start`` is not set.
 
     A cluster of our own on which nothing is deployed, and which no other command uses, ends if the block fails.
+
+    Args:
+        meanwhile: what to do while a cluster starts, if one has to.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
         with files.locked(paths.cluster_users_file(), shared=True):
-            address = _address(log) if start else os.environ.get("RAY_ADDRESS") or _own_address()
+            address = _address(log, meanwhile) if start else os.environ.get("RAY_ADDRESS") or _own_address()
             if not address:
                 yield False
                 return
@@ -87,13 +90,13 @@ def cluster(log: Log, start: bool) -> Iterator[bool]:
         raise
 
 
-def _address(log: Log) -> str:
+def _address(log: Log, meanwhile: Callable[[], None]) -> str:
     """Of the cluster to deploy on, started where there is none."""
     with files.locked(paths.cluster_writing_file()):
         if address := os.environ.get("RAY_ADDRESS") or _own_address():
             return address
         log("deploy: starting a Ray cluster on this machine")
-        head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER)
+        head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER, meanwhile=meanwhile)
         files.write_json(paths.serving_state_file(), {"head": asdict(head)})
         return head.address
 

@@ -17,7 +17,7 @@ from serving import keys, place, registry
 from serving.place import Deployed, Log
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec, with_changes
-from serving.warming import OTHERWISE, bring
+from serving.warming import OTHERWISE, bring, load
 
 
 def deploy(reference: str, host: str | None, port: int | None, changes: dict[str, Any], log: Log) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
 
 def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -> dict[str, Any]:
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
-    with place.cluster(log, start=True):
+    started = time.monotonic()
+    with place.cluster(log, start=True, meanwhile=load):
         import ray
 
-        started = time.monotonic()
         mend = f"ask for less in {OTHERWISE}"
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         place.start_serve()
