@@ -151,8 +151,8 @@ def version_dir(model: str, version: str) -> Path:
 
 
 def compiled_dir(model: str, part: str) -> Path:
-    """What vLLM compiled on nodes of any kind, for a version or, by another name, for all of a model's: safe to remove,
-    and made anew then."""
+    """What vLLM compiled and found out on nodes of any kind, for all versions of a model: safe to remove, and made anew
+    then."""
     return home() / "compiled" / check_name("a model's name", model) / check_name("a part's name", part)
 
 

@@ -213,12 +213,10 @@ def environment(spec: ServingSpec) -> dict[str, str]:
 
 
 def _kept_compiled(version: ModelVersion) -> dict[str, str]:
-    """The caches of vLLM and of what it compiles with: beside the version, which is immutable. What inductor makes for
-    the sampler is the same for each version of a model, so a new one finds it."""
-    kept = paths.compiled_dir(version.model, version.version)
-    caches = {"VLLM_CACHE_ROOT": kept / "vllm", "TRITON_CACHE_DIR": kept / "triton"}
-    caches["TORCHINDUCTOR_CACHE_DIR"] = paths.compiled_dir(version.model, "inductor")
-    return {name: str(directory) for name, directory in caches.items()}
+    """The caches of vLLM and of what it compiles with. All in them goes by a hash of what it depends on, and most of it
+    is the same for each version of a model, so a new one finds it."""
+    caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    return {name: str(paths.compiled_dir(version.model, part)) for name, part in caches.items()}
 
 
 def fingerprint(version: ModelVersion, spec: ServingSpec) -> str:
