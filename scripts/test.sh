@@ -6,5 +6,25 @@ bash scripts/install.sh --dev
 bin=${WINNOW_VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/mypy"
-exec "$bin/python" -m pytest "$@"
+if [ $# -gt 0 ]; then
+  "$bin/mypy"
+  exec "$bin/python" -m pytest "$@"
+fi
+
+# All of it: types, and tests that train in one process, on one core beside those that mostly wait for processes to
+# start. Then the quickstart, and with the machine to itself what asks how soon its endpoint answers.
+said=$(mktemp)
+set -m  # a group of its own: all of it ends with us
+(export OMP_NUM_THREADS=1; "$bin/mypy" && "$bin/python" -m pytest tests/trainables) >"$said" 2>&1 &
+beside=$!
+set +m
+trap 'exit 130' INT TERM
+trap 'kill -INT -- "-$beside" 2>/dev/null && wait "$beside"; rm -f "$said"' EXIT
+endpoint=(tests/test_quickstart.py tests/test_rollout.py)
+status=0
+"$bin/python" -m pytest --ignore tests/trainables "${endpoint[@]/#/--ignore=}" || status=$?
+wait "$beside" || status=$?
+trap 'rm -f "$said"' EXIT
+cat "$said"
+"$bin/python" -m pytest "${endpoint[@]}" || status=$?
+exit "$status"

@@ -27,7 +27,7 @@ class Sampler:
     """Of one ingress replica. What it takes is redacted and written in a thread, after the answer."""
 
     def __init__(self, model: str, spec: SamplingSpec) -> None:
-        from cluster.personal import Recogniser  # a second, for those who sample
+        from cluster.personal import Recogniser  # two seconds, for those who sample
 
         self._model, self._spec, self._recogniser = model, spec, Recogniser(regions=spec.regions)
         self._writing: set[asyncio.Task[None]] = set()

@@ -640,16 +640,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(quickstart) -> None:
 TO_ZERO = {"min_replicas": 0, "downscale_to_zero_delay_s": 11, "look_back_period_s": 11}
 
 
-def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client, tmp_path) -> None:
-    deploy(quickstart, tmp_path / "settings.yaml", engine_kwargs=ENGINE, autoscaling_config=TO_ZERO)
-    deadline = time.monotonic() + 90
-    while _found(quickstart, "VLLM::EngineCore") and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not _found(quickstart, "VLLM::EngineCore")
-    assert ask(client).status_code == 200
-    assert _found(quickstart, "VLLM::EngineCore")
-
-
 def test_another_model_of_ours_answers_where_one_is_late(
     quickstart, client, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,21 +647,31 @@ def test_another_model_of_ours_answers_where_one_is_late(
 
     monkeypatch.setenv("WINNOW_HOME", str(quickstart["home"]))
     registry.promote("spare", copied(registry.find("tickets"), "spare", "the one to fall back to"), "test")
-    fallback = {"model": "spare", "after_s": 0.0001}
-    settings = {"engine_kwargs": ENGINE, "autoscaling_config": TO_ZERO, "fallback": fallback}
-    deploy(quickstart, tmp_path / "settings.yaml", **settings)
+    settings = {"engine_kwargs": ENGINE, "autoscaling_config": {"max_replicas": 1}}
+    deploy(quickstart, tmp_path / "settings.yaml", **settings, fallback={"model": "spare", "after_s": 0.0001})
     with pytest.raises(openai.APIStatusError, match="the fallback spare is not deployed"):
         ask(client)
     file = tmp_path / "spare.yaml"
-    file.write_text(json.dumps({"engine_kwargs": ENGINE, "autoscaling_config": {"max_replicas": 1}}))
+    file.write_text(json.dumps({"engine_kwargs": ENGINE, "autoscaling_config": TO_ZERO}))
     made = serving(quickstart, "deploy", "spare", "--port", str(find_free_port()), "--settings", str(file))
     reply = ask(client)
     assert (reply.headers["x-winnow-fallback"], reply.headers["x-winnow-variant"]) == ("timeout", "fallback")
-    own = ask(openai.OpenAI(base_url=made["url"], api_key="unused", max_retries=0, timeout=120), model="spare")
+    own = ask(client.with_options(base_url=made["url"]), model="spare")
     assert reply.parse().choices[0].message.content == own.parse().choices[0].message.content
     streamed = client.chat.completions.create(model="tickets", messages=ASKED, stream=True, temperature=0, max_tokens=4)
     told = "".join(piece.choices[0].delta.content or "" for piece in streamed)
     assert told == own.parse().choices[0].message.content
+
+
+def test_a_model_at_zero_replicas_answers_its_next_request(quickstart, client) -> None:
+    """The one that the test before this one deployed beside the other."""
+    deadline = time.monotonic() + 90
+    while len(_found(quickstart, "VLLM::EngineCore")) > 1 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert len(_found(quickstart, "VLLM::EngineCore")) == 1
+    url = serving(quickstart, "status")["applications"]["spare"]["url"]
+    assert ask(client.with_options(base_url=url), model="spare").status_code == 200
+    assert len(_found(quickstart, "VLLM::EngineCore")) == 2
 
 
 def test_stop_ends_all_of_it(quickstart) -> None:

@@ -200,7 +200,7 @@ def test_a_slot_that_was_kept_in_vain_or_lost_costs_nothing(
     assert ray.get(both[there].occupancy.remote()) == Occupancy(2, {})
     (answer,) = both[there].train.options(num_returns="streaming").remote(config, None)
     assert ray.get(answer) == ("moved", None, None), "nothing is kept for it here, so it asks again"
-    assert ray.get(both[here].leave.remote("a", there))
+    assert ray.get(both[here].leave.remote("kept", there))
     future.result(timeout=240)
     assert curve(reports) == alone(config, tmp_path / "alone")
 

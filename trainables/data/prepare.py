@@ -182,7 +182,7 @@ def _look_through(
     if spec.action == "off":
         return groups
     log("data: looking for personal data and secrets")
-    from trainables.data import personal  # brings Presidio, which takes a second to import
+    from trainables.data import personal  # brings Presidio, which takes two seconds to import
 
     looked = [personal.look_through(group, spec) for group in groups]
     values = sum((found.values for _, found in looked), Counter[str]())
