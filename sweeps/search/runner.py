@@ -40,6 +40,9 @@ _ENVIRONMENT = {
 _RELAY: dict[str, float] = {"memory": 2**28}
 """What a packed trial's own process takes: it hands reports on, and Tune wants a resource named. In bytes."""
 
+_ASIDE = "left"
+"""In a trial's directory: the checkpoint that this session went on from."""
+
 _SPARE = 1
 """Packed trials that wait, suggested and started, for the next free slot."""
 
@@ -56,11 +59,11 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
     ledger = Ledger()
     searcher = StudySearcher(study, definition.search, ledger, max(1.0, definition.resources.gpus_per_trial))
     if searcher.remaining > 0:
-        left = _left_checkpoints(run_id, searcher)
+        left = _set_aside(run_id, searcher)
         searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
-        with _engines(definition, run_id, data) as engines, tracked(definition.tracking, run_id, ledger) as tracking:
+        with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as engines:
             _tuner(definition, run_id, data, searcher, scheduler, left, engines, tracking).fit()
     records = studies.records(study)
     for record in records:
@@ -200,17 +203,35 @@ def _name(trial: Any) -> str:
     return trial.config["trial_id"]
 
 
-def _left_checkpoints(run_id: str, searcher: StudySearcher) -> dict[int, Path]:
-    """By trial number, what an interrupted session's unfinished trials go on from."""
-    found = {trial.number: last_checkpoint(run_id, studies.trial_id(trial.number)) for trial in searcher.unfinished}
-    return {number: path for number, path in found.items() if path}
+def _set_aside(run_id: str, searcher: StudySearcher) -> dict[int, Path]:
+    """By trial number, what an interrupted session's unfinished trials go on from.
+
+    Tune numbers a trial's checkpoints from 0 in each session: it would write into those of the last one, or leave one
+    with a higher number than its own, which then passed for the newest.
+    """
+    left = {}
+    for trial in searcher.unfinished:
+        name = studies.trial_id(trial.number)
+        newest, aside = last_checkpoint(run_id, name), paths.trial_dir(run_id, name) / _ASIDE
+        if newest and newest != aside:
+            shutil.rmtree(aside, ignore_errors=True)
+            newest.rename(aside)
+        for other in _checkpoints(run_id, name):
+            shutil.rmtree(other)
+        if newest:
+            left[trial.number] = aside
+    return left
 
 
 def last_checkpoint(run_id: str, trial_id: str) -> Path | None:
     """The newest checkpoint of a trial that was copied whole before its process or the driver ended."""
-    found = sorted(paths.trial_dir(run_id, trial_id).glob("checkpoint_*"))
-    whole = [path for path in found if is_whole(path)]
-    return whole[-1] if whole else None
+    aside = paths.trial_dir(run_id, trial_id) / _ASIDE
+    return next((path for path in [*reversed(_checkpoints(run_id, trial_id)), aside] if is_whole(path)), None)
+
+
+def _checkpoints(run_id: str, trial_id: str) -> list[Path]:
+    """Of the last session, in their order."""
+    return sorted(paths.trial_dir(run_id, trial_id).glob("checkpoint_*"))
 
 
 def _keep_adapter(run_id: str, record: TrialRecord) -> None:

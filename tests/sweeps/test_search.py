@@ -18,6 +18,7 @@ from sweeps import loading
 from sweeps.definition import SweepDefinition
 from sweeps.search import runner, tracking
 from sweeps.search import study as studies
+from trainables.contract import seal
 
 DATA = SimpleNamespace(directory=Path("unused"), count=lambda _: 64)  # 4 steps an epoch at the batch of 16
 
@@ -163,11 +164,21 @@ def test_an_unfinished_trial_is_taken_up_again_under_its_own_number(search, home
     for name, distribution in ((n, studies.distribution(s)) for n, s in sorted(loaded.search.space.items())):
         left._suggest(name, distribution)
     left.report(9.0, 1)
+    for number in (6, 7):  # Tune's numbers of that session, of which the last was cut short
+        checkpoint = paths.trial_dir("run", "t0001") / f"checkpoint_00000{number}"
+        (checkpoint / "adapter").mkdir(parents=True)
+        (checkpoint / "adapter" / "adapter_config.json").write_text('{"of": "before"}')
+        (checkpoint / "state.json").write_text('{"step": 4}')
+        if number == 6:
+            seal(checkpoint)
     more = loaded.model_copy(update={"search": loaded.search.model_copy(update={"num_samples": 2})})
     records = runner.run_search(more, "run", DATA)  # type: ignore[arg-type]
     assert [record.trial_id for record in records] == ["t0000", "t0001"]
     assert records[1].state == "COMPLETE"
-    assert records[1].curve[0] == (1, 9.0), "what was reported before stays"
+    assert [step for step, _ in records[1].curve] == [1, 5, 6, 7, 8], "what was reported before stays"
+    assert records[1].curve[0] == (1, 9.0)
+    adapter = paths.adapter_dir("run", "t0001") / "adapter_config.json"
+    assert adapter.read_text() == "{}", "this session's, whatever the last one's checkpoints are called"
     assert set(records[1].params) == set(params)
 
 
