@@ -19,7 +19,7 @@ set -m  # a group of its own: all of it ends with us
 beside=$!
 set +m
 trap 'exit 130' INT TERM
-trap 'kill -INT -- "-$beside" 2>/dev/null && wait "$beside"; rm -f "$said"' EXIT
+trap '{ kill -INT -- "-$beside" 2>/dev/null && wait "$beside"; } || true; rm -f "$said"' EXIT
 endpoint=(tests/test_quickstart.py tests/test_rollout.py)
 status=0
 "$bin/python" -m pytest --ignore tests/trainables "${endpoint[@]/#/--ignore=}" || status=$?

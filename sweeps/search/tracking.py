@@ -83,8 +83,8 @@ class _Runs:
 
     def finish(self) -> str | None:
         """Waits until all that was told is written; what failed first, if anything did."""
-        failures = [str(failure) or repr(failure) for told in self._told if (failure := told.exception())]
-        return failures[0].strip().splitlines()[0] if failures else None
+        failures = [str(failure).strip() or repr(failure) for told in self._told if (failure := told.exception())]
+        return failures[0].splitlines()[0] if failures else None
 
 
 class TrialTracking(Callback):

@@ -179,6 +179,7 @@ def test_a_replica_that_finds_no_room_in_time_is_one_line(monkeypatch: pytest.Mo
     app = SimpleNamespace(status="DEPLOYING", deployments=deployments)
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"tickets": app}))
     monkeypatch.setattr(warming, "TELL_S", 0)
+    monkeypatch.setattr(warming, "POLL_S", 0.1)
     monkeypatch.setattr(warming, "_ROOM_S", 0.3)
     told: list[str] = []
     with pytest.raises(ValueError, match=r"no room for tickets's v2 in 0 s: a replica wants .*max_replicas") as caught:
