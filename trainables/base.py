@@ -79,6 +79,13 @@ def load_merged(spec: BaseModelSpec, directory: str) -> PreTrainedModel:
     return model.eval()
 
 
+def with_adapter(model: PreTrainedModel, directory: str | Path) -> Any:
+    """``model`` under an adapter in PEFT's format, as stock PEFT loads it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(directory))
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

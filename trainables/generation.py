@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 
 from trainables import base
 from trainables.spec import BaseModelSpec, EvaluationSpec
@@ -59,7 +58,7 @@ class Model:
         if self.merged:
             return base.load_merged(self.spec, self.merged)
         model = base.load_model(self.spec)
-        return PeftModel.from_pretrained(model, self.adapter).eval() if self.adapter else model
+        return base.with_adapter(model, self.adapter).eval() if self.adapter else model
 
     def tokenizer(self) -> Any:
         """A merged model's own, which is served beside it, otherwise the base's."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from trainables import base, metrics, scoring
 from trainables.data import snapshot
@@ -42,7 +41,7 @@ class Parity:
 
 def merge(spec: BaseModelSpec, adapter: str, target: str) -> None:
     """Write the merged model, bfloat16 safetensors, and its tokenizer to the directory ``target``."""
-    model: Any = PeftModel.from_pretrained(base.load_model(spec, quantized=False).float(), adapter)
+    model: Any = base.with_adapter(base.load_model(spec, quantized=False).float(), adapter)
     merged = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
     merged.config.dtype = torch.bfloat16
     merged.save_pretrained(target, safe_serialization=True)
@@ -55,7 +54,7 @@ def check_parity(
     """Ask the adapter and the merged model on disk the same ``prompts`` of the eval split."""
     tokenizer = base.load_tokenizer(spec)
     rows = snapshot.load(Path(dataset)).rows("eval")[:prompts]
-    with_adapter: Any = PeftModel.from_pretrained(base.load_model(spec), adapter).eval()
+    with_adapter: Any = base.with_adapter(base.load_model(spec), adapter).eval()
     adapter_loss = scoring.mean_loss(with_adapter, tokenizer, rows, evaluation.batch_size)
     adapter_answers = scoring.answer(with_transformers(with_adapter, tokenizer, evaluation), tokenizer, rows)
     del with_adapter

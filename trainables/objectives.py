@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
-from trainables import metrics, scoring
+from trainables import base, metrics, scoring
 from trainables.answers import kind_of
 from trainables.contract import Measurement, TrialFailure
 from trainables.data import snapshot
@@ -38,7 +37,7 @@ class Examiner:
         with self.turn:
             contestant = Model(self.wanted.base_model)
             self.base, tokenizer = self.base or contestant.load(), contestant.tokenizer()
-            model: Any = PeftModel.from_pretrained(self.base, str(adapter)).eval()
+            model: Any = base.with_adapter(self.base, adapter).eval()
             try:
                 generate = with_transformers(model, tokenizer, self.wanted.evaluation)
                 answers = scoring.answer(generate, tokenizer, self._rows())
