@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ from typing import Any
 
 import psutil
 
-_A_LAST_LOOK_S = 10
-"""For a node to come up in, however long this process had something else to do."""
 AUTH_TOKEN = Path("~/.ray/auth_token")
 
 # Set before ray is imported. Workers of a local cluster inherit them.
@@ -159,18 +157,13 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def start_head(
-    log: Path,
-    dashboard_port: int | None = None,
-    timeout_s: float = 60,
-    environment: Mapping[str, str] | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    log: Path, dashboard_port: int | None = None, timeout_s: float = 60, environment: Mapping[str, str] | None = None
 ) -> Head:
     """Start a Ray head node with token authentication, in a session of its own, its output in ``log``.
 
     Args:
         dashboard_port: serve Ray's dashboard, which takes jobs, on this port of loopback; None serves none.
         environment: of its processes, beside this one's.
-        meanwhile: what this process does until the node is up.
 
     Raises:
         RuntimeError: it ended, or did not answer within ``timeout_s``; the message carries its last words.
@@ -204,8 +197,6 @@ def start_head(
                 env=os.environ | own | dict(environment or {}),
             )
         head = known(psutil.Process(process.pid))
-        meanwhile()
-        deadline = max(deadline, time.monotonic() + _A_LAST_LOOK_S)
         while "Ray runtime started" not in log.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"ray start failed: {log.read_text(errors='replace').strip()[-500:]}")

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
-from ray.serve.llm import build_llm_deployment
 
 from serving import conductor, engine, front, place, registry
 from serving.spec import ServingSpec, with_changes
@@ -75,14 +74,8 @@ def _host() -> str:
     return client.http_config.host if client else "127.0.0.1"
 
 
-_QUIET = {"enable_access_log": False}
-"""A line a lease says nothing that the counts do not."""
-
-
 def _engine(version: registry.ModelVersion, spec: ServingSpec, surge: bool, begins: bool) -> Application:
-    options = {"name": version.version, "max_surge_percent": 100 if surge else 0, "logging_config": _QUIET}
-    built = build_llm_deployment(engine.llm_config(version, spec, begins), override_serve_options=options)
-    return _pinned(built, engine.fingerprint(version, spec))
+    return _pinned(engine.deployment(version, spec, surge, begins), engine.fingerprint(version, spec))
 
 
 def _conductor(shared: dict[str, Any]) -> Application:
@@ -91,7 +84,7 @@ def _conductor(shared: dict[str, Any]) -> Application:
         name=conductor.NAME,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        logging_config=_QUIET,
+        logging_config=engine.QUIET,
     )
     return deployed.bind(shared["model"], shared["settings"])
 
@@ -108,7 +101,7 @@ def _ingress_options(specs: list[ServingSpec], warm: list[str], node: str | None
         "graceful_shutdown_timeout_s": specs[0].grace_s,
         "ray_actor_options": {"num_cpus": 0, "resources": {f"node:{node}": 0.001} if node else {}},
         "max_surge_percent": 100,
-        "logging_config": _QUIET,
+        "logging_config": engine.QUIET,
         "user_config": {"warm": warm},
     }
 

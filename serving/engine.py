@@ -1,4 +1,4 @@
-"""The engine: one registered version as Ray Serve LLM's server of vLLM. vLLM itself loads only in replicas.
+"""How Serve is to run one registered version, and with what its engine starts. Imports no vLLM: ``replica.py`` does.
 
 Tokens do not travel through Ray, where each would be a message of its own. A replica listens on a port of its own with
 vLLM's HTTP application, and Serve hands out leases of it (``leases.py``). So Serve still balances, queues, limits and
@@ -7,180 +7,103 @@ counts, and a token costs what it costs behind bare vLLM.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import logging
-import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from itertools import pairwise
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
-import psutil
-from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig  # their one home
-from ray.serve.llm import LLMConfig, LLMServer
-from ray.util import get_node_ip_address
+from ray import serve
 
 from cluster import paths
 from serving import place
-from serving.leases import Leases
-from serving.meters import EngineMeters
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
-_log = logging.getLogger("ray.serve")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-PARTS = ("process and imports", "engine and weights", "HTTP application", "warm-up")
-"""Of a replica's start, in their order."""
-_WARM_UP: tuple[dict[str, Any], ...] = (
-    {"max_tokens": 16, "ignore_eos": True, "temperature": 1.0},
-    {"max_tokens": 16, "ignore_eos": True, "logprobs": 1},
-    {"max_tokens": 4, "structured_outputs": {"choice": ["a", "b"]}},
-)
-"""Of what vLLM makes when it is first asked for, most is compiled twice: for one request, and for several at once.
-Greedy answers need none of it; the first two that sampled held up all others for three to nine seconds each."""
-_WATCH_S, _ASK_S, _LAST_WORDS_S = 0.1, 5.0, 0.1
-_EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
+EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
 """vLLM's name for a model that the engine's core runs itself."""
-_TELL_S = 5.0
-_STEP_TIMEOUT = "WINNOW_STEP_TIMEOUT_S"
+STEP_TIMEOUT = "WINNOW_STEP_TIMEOUT_S"
 _STRUCTURED = "structured_outputs_config"
+_USUAL = {
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype", "quantization", "enforce_eager", "seed"),
+    *("gpu_memory_utilization", "kv_cache_dtype", "enable_prefix_caching", "enable_chunked_prefill"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "override_generation_config", _STRUCTURED, EXECUTOR),
+}
+"""Of the arguments of vLLM's engine."""
+_REPLICA = "serving.replica.LeasedServer"
+_HEALTH_S = 10
+"""Serve asks so often after a replica's health, and waits so long for an answer: Ray Serve LLM's figure."""
+QUIET = {"enable_access_log": False}
+"""A line a lease says nothing that the counts do not."""
 
 
-class _OnThisDisk(CallbackBase):
-    """A version is a directory that each node has: Ray's tasks that would fetch a model to them take seconds, and find
-    nothing to do."""
+def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bool) -> serve.Application:
+    """What Serve runs: replicas that each take a placement group, as Ray Serve LLM's ``build_llm_deployment`` lays it.
 
-    async def on_before_node_init(self) -> None:
-        self.ctx.run_init_node = False
-
-
-class LeasedServer(LLMServer):
-    """A replica: vLLM's engine, warm, behind a port that only leases open."""
-
-    def _get_default_engine_class(self) -> Any:
-        """Ray's own, but that it keeps to the executor that ``engine_kwargs`` names: Ray takes another on a CPU."""
-        from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-
-        class Engine(VLLMEngine):
-            def _start_async_llm_engine(self, arguments: Any, config: Any, group: Any) -> Any:
-                if executor := self.llm_config.engine_kwargs.get(_EXECUTOR):
-                    config.parallel_config.distributed_executor_backend = executor
-                return super()._start_async_llm_engine(arguments, config, group)
-
-        return Engine
-
-    async def start(self) -> None:
-        began = [psutil.Process().create_time(), time.time()]
-        await super().start()
-        assert self.engine is not None, "started"
-        began.append(time.time())
-        application: Any = await self.engine.build_asgi_app()
-        application.user_middleware.clear()  # of CORS and Prometheus, which are the ingress's, and cost time a token
-        application.middleware_stack = application.build_middleware_stack()
-        began.append(time.time())
-        await self._warm_up()
-        began.append(time.time())
-        self._parts = dict(zip(PARTS, (after - before for before, after in pairwise(began)), strict=True))
-        self._leases = Leases(application, get_node_ip_address(), self.engine.check_health)
-        watched = self._end_with_engine(), self._end_when_stuck(), self._tell()
-        self._background = [asyncio.create_task(one) for one in watched]
-
-    async def _warm_up(self) -> None:
-        """Generate before Serve calls the replica ready: no user waits for what is made at its first use."""
-        for wanted in _WARM_UP:
-            for at_once in (1, 2):
-                await asyncio.gather(*(self._generate(wanted) for _ in range(at_once)))
-
-    async def _generate(self, wanted: dict[str, Any]) -> None:
-        from ray.serve.llm.openai_api_models import CompletionRequest
-
-        request = CompletionRequest.model_validate({"model": self._llm_config.model_id, "prompt": "warm up"} | wanted)
-        async for _ in await self.completions(request):
-            pass
-
-    async def _end_with_engine(self) -> None:
-        """A replica whose engine died ends itself: Serve asks after its health every ten seconds only, and would send
-        it requests until then. Those that it had are told, and new ones wait for the replica that takes its place."""
-        assert self.engine is not None, "started"
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            try:
-                await self.engine.check_health()
-            except Exception:  # whatever it died of
-                await asyncio.sleep(_LAST_WORDS_S)
-                os._exit(1)
-
-    async def _end_when_stuck(self) -> None:
-        """The same where the engine's core does not come out of a step: to vLLM that is healthy, and to whoever asks it
-        silent for ever. It takes questions between steps."""
-        client: Any = self.engine._engine_client  # type: ignore[union-attr]  # vLLM's, of which Ray's engine tells less
-        await until_silent(client.is_sleeping, float(os.environ[_STEP_TIMEOUT]))
-        _log.error("the engine takes longer than step_timeout_s for one step; this replica ends")
-        for process in psutil.Process().children(recursive=True):
-            process.kill()  # it would not hear that its parent ended
-        os._exit(1)
-
-    async def _tell(self) -> None:
-        meters = EngineMeters()
-        while True:
-            meters.tell()
-            await asyncio.sleep(_TELL_S)
-
-    def cold_start(self) -> dict[str, float]:
-        """What this replica's start took: seconds by ``PARTS``."""
-        return self._parts
-
-    async def lease(self) -> AsyncIterator[tuple[str, str, str]]:
-        """``Leases.take``, as a call that Serve routes here."""
-        async for one in self._leases.take():
-            yield one
-
-
-async def until_silent(asked: Callable[[], Awaitable[Any]], within_s: float) -> None:
-    """Ask again and again until there is no answer in time. An error is one."""
-    while True:
-        question = asyncio.ensure_future(asked())
-        _, silent = await asyncio.wait([question], timeout=within_s)
-        if silent:
-            question.cancel()
-            return
-        if not question.cancelled():
-            question.exception()  # is seen by whoever looks after its health
-        await asyncio.sleep(min(_ASK_S, within_s))
-
-
-def llm_config(version: ModelVersion, spec: ServingSpec, begins: bool) -> LLMConfig:
-    """The configuration under which Serve runs ``version`` as ``model: NAME``.
+    That builder itself imports vLLM, twelve seconds of a core in each command that only describes an application. So
+    Serve is told where the class is.
 
     Args:
+        surge: new replicas may come up beside the old ones.
         begins: it has no deployment yet. Even where no replica may be left later, one shows that it can start.
+
+    Raises:
+        ValueError: vLLM's engine has no such argument.
     """
-    on_gpu = spec.gpus_per_replica > 0
+    _check_names(spec)
     # Serve comes back to so many whenever a deployment's configuration changes: named once, and only where it matters.
     at_first = {"initial_replicas": 1} if begins and spec.autoscaling_config.min_replicas == 0 else {}
-    bundle: dict[str, Any] = {"CPU": spec.cpus_per_replica}
-    if on_gpu:
-        bundle["GPU"] = spec.gpus_per_replica
-    return LLMConfig(
-        model_loading_config={"model_id": version.model, "model_source": str(version.path)},
-        accelerator_config={"kind": "gpu" if on_gpu else "cpu"},  # type: ignore[arg-type]
-        placement_group_config={"bundle_per_worker": bundle},
-        engine_kwargs=engine_kwargs(spec),
-        deployment_config={
-            "autoscaling_config": spec.autoscaling_config.model_dump() | at_first,
-            "max_ongoing_requests": spec.max_ongoing_requests,
-            "max_queued_requests": spec.max_queued_requests,
-            "graceful_shutdown_timeout_s": spec.grace_s,
-            "ray_actor_options": {"num_cpus": 0},
-        },
-        server_cls=LeasedServer,
-        log_engine_metrics=False,  # each token would be a message to Ray; ``EngineMeters`` tells the sums
-        callback_config=CallbackConfig(callback_class=_OnThisDisk),
-        runtime_env={"env_vars": environment(spec) | _kept_compiled(version)},
-        experimental_configs={"stream_batching_interval_ms": 0},
+    arguments = llm_arguments(version, spec)
+    described: Any = serve.deployment(
+        name=version.version,
+        autoscaling_config=spec.autoscaling_config.model_dump() | at_first,
+        max_ongoing_requests=spec.max_ongoing_requests,
+        max_queued_requests=spec.max_queued_requests,
+        graceful_shutdown_timeout_s=spec.grace_s,
+        health_check_period_s=_HEALTH_S,
+        health_check_timeout_s=_HEALTH_S,
+        ray_actor_options={"num_cpus": 0, "runtime_env": arguments["runtime_env"]},
+        placement_group_bundles=[_worker(spec)] * spec.workers,
+        placement_group_strategy="PACK",
+        max_surge_percent=100 if surge else 0,
+        logging_config=QUIET,
     )
+    return described(_REPLICA).bind(arguments)
+
+
+def llm_arguments(version: ModelVersion, spec: ServingSpec) -> dict[str, Any]:
+    """Of the ``LLMConfig`` with which a replica serves ``version`` as ``model: NAME``."""
+    return {
+        "model_loading_config": {"model_id": version.model, "model_source": str(version.path)},
+        "accelerator_config": {"kind": "gpu" if spec.gpus_per_replica > 0 else "cpu"},
+        "placement_group_config": {"bundle_per_worker": _worker(spec)},
+        "engine_kwargs": engine_kwargs(spec),
+        "runtime_env": {"env_vars": environment(spec) | _kept_compiled(version)},
+    }
+
+
+def _worker(spec: ServingSpec) -> dict[str, float]:
+    """What Ray keeps for one worker of a replica's engine."""
+    return {"CPU": spec.cpus_per_replica} | ({"GPU": spec.gpus_per_replica} if spec.gpus_per_replica else {})
+
+
+def _check_names(spec: ServingSpec) -> None:
+    """vLLM is only asked about names that are not among those which most settings have: it takes its time to load.
+
+    Raises:
+        ValueError: it does not know one.
+    """
+    if not spec.engine_kwargs.keys() - _USUAL:
+        return
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    known = {field.name for arguments in (AsyncEngineArgs, FrontendArgs) for field in fields(arguments)}
+    for name in sorted(spec.engine_kwargs.keys() - known):
+        near = get_close_matches(name, known, 1)
+        meant = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"serving.engine_kwargs.{name}: must be an argument of vLLM's engine{meant}")
 
 
 def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
@@ -194,7 +117,7 @@ def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
     first that has a grammar settles it for the engine's life, while each is checked by the one that suits it.
     """
     cap = {"max_new_tokens": spec.ingress.limits.max_tokens}
-    kwargs: dict[str, Any] = {_EXECUTOR: _IN_THE_CORE} if spec.workers == 1 and not spec.gpus_per_replica else {}
+    kwargs: dict[str, Any] = {EXECUTOR: _IN_THE_CORE} if spec.workers == 1 and not spec.gpus_per_replica else {}
     kwargs |= spec.engine_kwargs
     kwargs[_STRUCTURED] = {"backend": "guidance"} | kwargs.get(_STRUCTURED, {})
     return kwargs | {"override_generation_config": cap | kwargs.get("override_generation_config", {})}
@@ -202,11 +125,11 @@ def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:
 
 def environment(spec: ServingSpec) -> dict[str, str]:
     """What vLLM takes from its environment. On a CPU it computes on as many cores as the replica is given."""
-    everywhere = _OFFLINE | {_STEP_TIMEOUT: str(spec.step_timeout_s)}
+    everywhere = _OFFLINE | {STEP_TIMEOUT: str(spec.step_timeout_s)}
     if spec.gpus_per_replica > 0:
         return everywhere
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)}
-    if engine_kwargs(spec).get(_EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
+    if engine_kwargs(spec).get(EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
         threads = max(1, int(spec.cpus_per_replica))
         on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
     return everywhere | on_cpu

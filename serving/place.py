@@ -35,7 +35,7 @@ _OF_OUR_CLUSTER = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
 """Ray's settings that are read as its processes start."""
-_OF_REPLICAS = ("engine", "leases", "listener", "handover", "events", "errors", "meters")
+_OF_REPLICAS = ("replica", "engine", "leases", "listener", "handover", "events", "errors", "meters")
 Log = Callable[[str], None]
 
 
@@ -64,19 +64,16 @@ class Deployed:
 
 
 @contextmanager
-def cluster(log: Log, start: bool, meanwhile: Callable[[], None] = lambda: None) -> Iterator[bool]:
+def cluster(log: Log, start: bool) -> Iterator[bool]:
     """Connected to the serving cluster for the block; False where there is none and ``start`` is not set.
 
     A cluster of our own on which nothing is deployed, and which no other command uses, ends if the block fails.
-
-    Args:
-        meanwhile: what to do while a cluster starts, if one has to.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
         with files.locked(paths.cluster_users_file(), shared=True):
-            address = _address(log, meanwhile) if start else os.environ.get("RAY_ADDRESS") or _own_address()
+            address = _address(log) if start else os.environ.get("RAY_ADDRESS") or _own_address()
             if not address:
                 yield False
                 return
@@ -90,13 +87,13 @@ def cluster(log: Log, start: bool, meanwhile: Callable[[], None] = lambda: None)
         raise
 
 
-def _address(log: Log, meanwhile: Callable[[], None]) -> str:
+def _address(log: Log) -> str:
     """Of the cluster to deploy on, started where there is none."""
     with files.locked(paths.cluster_writing_file()):
         if address := os.environ.get("RAY_ADDRESS") or _own_address():
             return address
         log("deploy: starting a Ray cluster on this machine")
-        head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER, meanwhile=meanwhile)
+        head = session.start_head(paths.serving_log(), environment=_OF_OUR_CLUSTER)
         files.write_json(paths.serving_state_file(), {"head": asdict(head)})
         return head.address
 

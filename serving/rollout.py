@@ -17,7 +17,7 @@ from serving import keys, place, registry
 from serving.place import Deployed, Log
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec, with_changes
-from serving.warming import OTHERWISE, bring, load
+from serving.warming import OTHERWISE, bring
 
 
 def deploy(reference: str, host: str | None, port: int | None, changes: dict[str, Any], log: Log) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def deploy(reference: str, host: str | None, port: int | None, changes: dict[str
 def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -> dict[str, Any]:
     log(f"deploy: {version.model}@{version.version}; the engine takes about a minute to start")
     started = time.monotonic()
-    with place.cluster(log, start=True, meanwhile=load):
+    with place.cluster(log, start=True):
         import ray
 
         mend = f"ask for less in {OTHERWISE}"

@@ -30,11 +30,6 @@ _ROOM_S = 900.0
 """How long a replica may wait for room: where a cluster grows by itself, a node with a GPU takes minutes to come."""
 
 
-def load() -> None:
-    """Import what builds an application. Most of its ten seconds are vLLM's: best spent while something else starts."""
-    from serving import app  # noqa: F401
-
-
 def bring(model: str, now: Deployed, versions: Sequence[str], log: Log, served: str | None = None) -> None:
     """Make exactly ``versions`` warm. The first of them answers where no alias says otherwise.
 

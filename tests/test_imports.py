@@ -19,12 +19,12 @@ MAY_IMPORT = {
     "sweeps": {"cluster", "trainables", "serving.registry", "serving.spec"},
 }
 TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
-SERVING = ("engine", "meters", "upstream", "ingress", "front", "app", "place", "warming", "rollout")
+SERVING = ("replica", "engine", "meters", "upstream", "ingress", "front", "app", "place", "warming", "rollout")
 SERVE_MODULES = {f"serving.{name}" for name in SERVING}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},
-    "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine"}},
+    "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine", "serving.replica"}},
     "sweeps": {"ray.tune": {"sweeps.search"}, "optuna": {"sweeps.search"}},
 }
 
@@ -102,6 +102,12 @@ def test_personal_data_is_found_without_what_language_models_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "torch transformers"], "not loaded, and there for whoever asks"
+
+
+def test_an_application_is_described_without_loading_an_engine() -> None:
+    code = "import sys, serving.app; print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]"]
 
 
 def test_nothing_imports_in_a_circle() -> None:

@@ -1,11 +1,18 @@
-"""What a replica's engine is started with, and how one that is silent is found; both without an engine."""
+"""How Serve is told to run a version, and how a silent engine is found; all without an engine."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
+from pathlib import Path
 
-from serving import engine
+import pytest
+
+from serving import engine, replica
+from serving.registry import ModelVersion
 from serving.spec import ServingSpec
+
+VERSION = ModelVersion("tickets", "v1", Path("nowhere"))
 
 
 def test_grammars_are_of_a_kind_that_bounds_a_step_unless_settings_say_otherwise() -> None:
@@ -20,8 +27,45 @@ def test_grammars_are_of_a_kind_that_bounds_a_step_unless_settings_say_otherwise
     assert structured(structured_outputs_config={"backend": "xgrammar"}) == {"backend": "xgrammar"}
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ServingSpec(),
+        ServingSpec(cpus_per_replica=2, engine_kwargs={"tensor_parallel_size": 2}),
+        ServingSpec(gpus_per_replica=1),
+        ServingSpec(gpus_per_replica=1, engine_kwargs={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        ServingSpec(gpus_per_replica=0.5, cpus_per_replica=0),
+    ],
+)
+def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpec) -> None:
+    ours = engine.deployment(VERSION, spec, surge=True, begins=True)._bound_deployment._replica_config
+    arguments = engine.llm_arguments(VERSION, spec)
+    config = replica.LLMConfig(**arguments, deployment_config={"ray_actor_options": {"num_cpus": 0}})
+    theirs = replica.LeasedServer.get_deployment_options(config)
+
+    def some(bundles: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+
+    assert some(ours.placement_group_bundles) == some(theirs["placement_group_bundles"])
+    assert ours.placement_group_strategy == theirs["placement_group_strategy"]
+    env_vars = theirs["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert ours.ray_actor_options["runtime_env"]["env_vars"] == env_vars
+
+
+def test_an_argument_that_vllm_does_not_know_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"serving\.engine_kwargs\.max_sequences: .*; did you mean 'max_num_seqs'\?"):
+        engine.deployment(VERSION, ServingSpec(engine_kwargs={"max_sequences": 8}), surge=True, begins=True)
+    engine.deployment(VERSION, ServingSpec(engine_kwargs={"max_logprobs": 5}), surge=True, begins=True)
+
+
+def test_what_vllm_is_not_asked_about_it_knows() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert {field.name for field in fields(AsyncEngineArgs)} >= engine._USUAL
+
+
 def test_whoever_does_not_answer_is_silent_and_whoever_fails_is_not(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_ASK_S", 0.0)
+    monkeypatch.setattr(replica, "_ASK_S", 0.0)
     asked: list[float] = []
 
     async def answers_then_fails_then_is_silent() -> None:
@@ -33,7 +77,7 @@ def test_whoever_does_not_answer_is_silent_and_whoever_fails_is_not(monkeypatch)
 
     async def run() -> None:
         async with asyncio.timeout(10):
-            await engine.until_silent(answers_then_fails_then_is_silent, 0.2)
+            await replica.until_silent(answers_then_fails_then_is_silent, 0.2)
 
     asyncio.run(run())
     assert len(asked) == 4
