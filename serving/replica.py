@@ -49,7 +49,7 @@ class _OnThisDisk(CallbackBase):
 class LeasedServer(LLMServer):
     """A replica: vLLM's engine, warm, behind a port that only leases open."""
 
-    async def __init__(self, arguments: dict[str, Any]) -> None:
+    async def __init__(self, arguments: dict[str, Any]) -> None:  # type: ignore[misc]  # as Serve lets it be
         """Starts it; ``arguments`` are those of ``engine.llm_arguments``."""
         config = LLMConfig(
             **arguments,
