@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cluster import files, paths
@@ -32,13 +33,15 @@ def score(definition: SweepDefinition, run_id: str, trial_id: str, data: Snapsho
     if evaluation.generation == "auto" and 0 < definition.resources.gpus_per_trial < 1:
         evaluation = evaluation.model_copy(update={"generation": "transformers"})  # vLLM wants a whole GPU
     common = (definition.base_model, str(data.directory), evaluation, asked)
+    without_vllm = {"auto": definition.base_model.quantization == "nf4", "transformers": True, "vllm": False}
+    start = partial(remote.submit, leaves_nothing=without_vllm[evaluation.generation])
     wanted = definition.resources.as_ray()
     tasks = {
-        "base": remote.submit(scoring.score_base, wanted, *common),
-        "winner": remote.submit(scoring.score_adapter, wanted, *common, str(paths.adapter_dir(run_id, trial_id))),
+        "base": start(scoring.score_base, wanted, *common),
+        "winner": start(scoring.score_adapter, wanted, *common, str(paths.adapter_dir(run_id, trial_id))),
     }
     if production := _production(definition.name, run_id, trial_id):
-        tasks["production"] = remote.submit(scoring.score_merged, wanted, *common, str(production.path))
+        tasks["production"] = start(scoring.score_merged, wanted, *common, str(production.path))
     sets = [f"{data.answers('test')} test", f"{data.answers('general')} general"]
     sets += [f"{len(suite.conversations)} {suite.name}" for suite in asked]
     against = f" and production {production.version}" if production else ""

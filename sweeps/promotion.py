@@ -77,10 +77,9 @@ def _merge(definition: SweepDefinition, adapter: Any, target: str, data: Snapsho
     """Merge into ``target``, then the parity of what was written with the adapter."""
     from trainables import merge, remote
 
-    wanted, spec = definition.resources.as_ray(), definition.base_model
-    task = remote.submit(
-        merge.merge_and_check, wanted, spec, str(adapter), target, str(data.directory), definition.evaluation
-    )
+    wanted = definition.resources.as_ray()
+    arguments = definition.base_model, str(adapter), target, str(data.directory), definition.evaluation
+    task = remote.submit(merge.merge_and_check, wanted, *arguments, leaves_nothing=True)
     return remote.wait(task)[0].as_dict()
 
 
