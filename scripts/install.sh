@@ -58,5 +58,5 @@ if ! "${pip[@]}" "${arguments[@]}" 2>&1 | tee "$log" | progress >&2; then
   exit 1
 fi
 echo "install: compiling" >&2  # on all cores, where pip would on one; like pip, past files that do not compile
-"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 || true
+"$venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$venv/lib" >/dev/null 2>&1 || true
 cat "${lists[@]}" | sha256sum >"$stamp"

@@ -11,18 +11,20 @@ if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi
 
-# All of it: types, and tests that train in one process, on one core beside those that mostly wait for processes to
-# start. Then the quickstart, and with the machine to itself what asks how soon its endpoint answers.
+# All of it in two halves that take about as long: types and tests that train in one process, on one core, with jobs,
+# beside the rest. Then the quickstart, and with the machine to itself what asks how soon its endpoint answers.
+beside_the_rest=(tests/trainables tests/test_jobs.py)
+endpoint=(tests/test_quickstart.py tests/test_rollout.py)
+elsewhere=("${beside_the_rest[@]}" "${endpoint[@]}")
 said=$(mktemp)
 set -m  # a group of its own: all of it ends with us
-(export OMP_NUM_THREADS=1; "$bin/mypy" && "$bin/python" -m pytest tests/trainables) >"$said" 2>&1 &
+(export OMP_NUM_THREADS=1; "$bin/mypy" && "$bin/python" -m pytest "${beside_the_rest[@]}") >"$said" 2>&1 &
 beside=$!
 set +m
 trap 'exit 130' INT TERM
 trap '{ kill -INT -- "-$beside" 2>/dev/null && wait "$beside"; } || true; rm -f "$said"' EXIT
-endpoint=(tests/test_quickstart.py tests/test_rollout.py)
 status=0
-"$bin/python" -m pytest --ignore tests/trainables "${endpoint[@]/#/--ignore=}" || status=$?
+"$bin/python" -m pytest "${elsewhere[@]/#/--ignore=}" || status=$?
 wait "$beside" || status=$?
 trap 'rm -f "$said"' EXIT
 cat "$said"

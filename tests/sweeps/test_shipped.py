@@ -10,7 +10,7 @@ import pytest
 from sweeps import loading
 from sweeps.definition import SweepDefinition
 
-SHIPPED = sorted(Path("sweeps/definitions").glob("*.yaml"))
+SHIPPED = sorted(Path("sweeps/definitions").glob("[!.]*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
