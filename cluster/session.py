@@ -132,8 +132,9 @@ class Head:
         from ray._common.utils import get_ray_address_file
 
         note = Path(get_ray_address_file(None))
-        if note.exists() and note.read_text().strip().rpartition(":")[2] == self.address.rpartition(":")[2]:
-            note.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # or another node's, which has just ended too
+            if note.read_text().strip().rpartition(":")[2] == self.address.rpartition(":")[2]:
+                note.unlink()
 
 
 def of_session(leader: int) -> set[psutil.Process]:

@@ -1,9 +1,4 @@
-"""How Serve is to run one registered version, and with what its engine starts. Imports no vLLM: ``replica.py`` does.
-
-Tokens do not travel through Ray, where each would be a message of its own. A replica listens on a port of its own with
-vLLM's HTTP application, and Serve hands out leases of it (``leases.py``). So Serve still balances, queues, limits and
-counts, and a token costs what it costs behind bare vLLM.
-"""
+"""How Serve is to run one registered version, and with what its engine starts. Imports no vLLM: ``replica.py`` does."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster import paths
@@ -33,7 +29,7 @@ _USUAL = {
 """Of the arguments of vLLM's engine."""
 _REPLICA = "serving.replica.LeasedServer"
 _HEALTH_S = 10
-"""Serve asks so often after a replica's health, and waits so long for an answer: Ray Serve LLM's figure."""
+"""Serve asks so often after a replica's health, and waits so long for an answer: Ray Serve LLM's figures."""
 QUIET = {"enable_access_log": False}
 """A line a lease says nothing that the counts do not."""
 
@@ -51,10 +47,11 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
     Raises:
         ValueError: vLLM's engine has no such argument.
     """
-    _check_names(spec)
+    check_names(spec)
     # Serve comes back to so many whenever a deployment's configuration changes: named once, and only where it matters.
     at_first = {"initial_replicas": 1} if begins and spec.autoscaling_config.min_replicas == 0 else {}
     arguments = llm_arguments(version, spec)
+    runtime_env = {**ray.get_runtime_context().runtime_env, **arguments["runtime_env"]}  # a driver's own reaches it too
     described: Any = serve.deployment(
         name=version.version,
         autoscaling_config=spec.autoscaling_config.model_dump() | at_first,
@@ -63,7 +60,7 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
         graceful_shutdown_timeout_s=spec.grace_s,
         health_check_period_s=_HEALTH_S,
         health_check_timeout_s=_HEALTH_S,
-        ray_actor_options={"num_cpus": 0, "runtime_env": arguments["runtime_env"]},
+        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
         placement_group_bundles=[_worker(spec)] * spec.workers,
         placement_group_strategy="PACK",
         max_surge_percent=100 if surge else 0,
@@ -88,7 +85,7 @@ def _worker(spec: ServingSpec) -> dict[str, float]:
     return {"CPU": spec.cpus_per_replica} | ({"GPU": spec.gpus_per_replica} if spec.gpus_per_replica else {})
 
 
-def _check_names(spec: ServingSpec) -> None:
+def check_names(spec: ServingSpec) -> None:
     """vLLM is only asked about names that are not among those which most settings have: it takes its time to load.
 
     Raises:

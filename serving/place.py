@@ -118,7 +118,7 @@ def _connected(address: str) -> Iterator[None]:
     with session.connected(address=address):
         from ray import serve  # noqa: F401  it makes its logger as it is imported
 
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it prints every option, and its own slow moments
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it prints its own slow moments
         try:
             yield
         finally:  # handles poll in a thread that nothing ends: what it comes upon after we left is no news

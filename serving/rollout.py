@@ -51,6 +51,9 @@ def _deploy(version: ModelVersion, spec: ServingSpec, now: Deployed, log: Log) -
     with place.cluster(log, start=True):
         import ray
 
+        from serving import engine
+
+        engine.check_names(spec)
         mend = f"ask for less in {OTHERWISE}"
         session.check_fits("serving: a replica", spec.replica_as_ray, ray.cluster_resources(), mend)
         place.start_serve()

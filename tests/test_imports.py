@@ -105,7 +105,12 @@ def test_personal_data_is_found_without_what_language_models_need() -> None:
 
 
 def test_an_application_is_described_without_loading_an_engine() -> None:
-    code = "import sys, serving.app; print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    code = (
+        "import sys, serving.app; from pathlib import Path; from serving import engine, registry, spec;"
+        "version = registry.ModelVersion('model', 'v1', Path('nowhere'));"
+        "engine.deployment(version, spec.ServingSpec(), surge=True, begins=True);"
+        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]"]
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,13 @@ def dashboard(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     port = find_free_port()
     head = session.start_head(tmp_path / "ray.log", dashboard_port=port)
     yield f"http://127.0.0.1:{port}"
-    from ray._private.utils import read_ray_address
+    from ray._common.utils import get_ray_address_file
 
     head.stop()
     assert not head.is_alive()
-    note = read_ray_address() or ""
+    note = ""
+    with suppress(FileNotFoundError):
+        note = Path(get_ray_address_file(None)).read_text().strip()
     assert note.rpartition(":")[2] != head.address.rpartition(":")[2], "every later ray.init() would look for this node"
 
 

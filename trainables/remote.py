@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,21 @@ def submit(
 
     Args:
         leaves_nothing: the next task may have its process, and what that has imported. Otherwise the process ends with
-            it, and so does one that has a GPU: that is how memory there is freed.
+            it, and so it does on a cluster with GPUs: that is how memory there is freed, and a task that asks for none
+            finds those of its node all the same.
     """
-    cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
-    calls = 0 if leaves_nothing and not gpus else 1  # 0 is Ray's word for any number
-    return ray.remote(max_calls=calls, max_retries=2, num_cpus=cpus, num_gpus=gpus)(function).remote(*args)
+    options: dict[str, Any] = {"num_cpus": resources.get("CPU", 1), "num_gpus": resources.get("GPU", 0)}
+    stays = leaves_nothing and not ray.cluster_resources().get("GPU")
+    calls = 0 if stays else 1  # 0 is Ray's word for any number
+    return ray.remote(max_calls=calls, max_retries=2, **options)(_and_let_go).remote(function, *args)
+
+
+def _and_let_go(function: Callable[..., Any], *args: Any) -> Any:
+    """A 4-bit layer and its weight hold each other: a process that waits would keep the whole model."""
+    try:
+        return function(*args)
+    finally:
+        gc.collect()
 
 
 def wait(*references: ray.ObjectRef) -> list[Any]:

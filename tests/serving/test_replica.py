@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from ray.llm._internal.serve.constants import DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S
 
 from serving import engine, replica
 from serving.registry import ModelVersion
@@ -50,9 +51,10 @@ def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpe
     assert ours.placement_group_strategy == theirs["placement_group_strategy"]
     env_vars = theirs["ray_actor_options"]["runtime_env"]["env_vars"]
     assert ours.ray_actor_options["runtime_env"]["env_vars"] == env_vars
+    assert (DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S) == (engine._HEALTH_S, engine._HEALTH_S)
 
 
-def test_an_argument_that_vllm_does_not_know_is_refused_before_anything_starts() -> None:
+def test_an_argument_that_vllm_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match=r"serving\.engine_kwargs\.max_sequences: .*; did you mean 'max_num_seqs'\?"):
         engine.deployment(VERSION, ServingSpec(engine_kwargs={"max_sequences": 8}), surge=True, begins=True)
     engine.deployment(VERSION, ServingSpec(engine_kwargs={"max_logprobs": 5}), surge=True, begins=True)
