@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from cluster import paths
-from serving import place
+from serving import ahead, place
 from serving.registry import ModelVersion
 from serving.spec import ServingSpec
 
@@ -128,7 +128,7 @@ def environment(spec: ServingSpec) -> dict[str, str]:
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib)}
     if engine_kwargs(spec).get(EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
         threads = max(1, int(spec.cpus_per_replica))
-        on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+        on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads), ahead.WANTED: "1"}
     return everywhere | on_cpu
 
 

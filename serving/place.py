@@ -35,7 +35,7 @@ _OF_OUR_CLUSTER = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
 """Ray's settings that are read as its processes start."""
-_OF_REPLICAS = ("replica", "engine", "leases", "listener", "handover", "events", "errors", "meters")
+_OF_REPLICAS = ("replica", "engine", "ahead", "leases", "listener", "handover", "events", "errors", "meters")
 Log = Callable[[str], None]
 
 

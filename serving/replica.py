@@ -15,6 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
+from serving import ahead
+
+ahead.begin()  # before the imports below, which take as long
+
+# ruff: noqa: E402
 import psutil
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig  # their one home
 from ray.serve.llm import LLMConfig, LLMServer
@@ -72,7 +77,8 @@ class LeasedServer(LLMServer):
             def _start_async_llm_engine(self, arguments: Any, config: Any, group: Any) -> Any:
                 if executor := self.llm_config.engine_kwargs.get(EXECUTOR):
                     config.parallel_config.distributed_executor_backend = executor
-                return super()._start_async_llm_engine(arguments, config, group)
+                with ahead.forked():
+                    return super()._start_async_llm_engine(arguments, config, group)
 
         return Engine
 

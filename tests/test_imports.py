@@ -24,7 +24,7 @@ SERVE_MODULES = {f"serving.{name}" for name in SERVING}
 ALLOWED_HEAVY = {
     "cluster": {"ray": {"cluster.session"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},
-    "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine", "serving.replica"}},
+    "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine", "serving.replica", "serving.ahead"}},
     "sweeps": {"ray.tune": {"sweeps.search"}, "optuna": {"sweeps.search"}},
 }
 

@@ -486,6 +486,12 @@ def test_keys_open_what_they_may_and_no_more(quickstart, client) -> None:
     everywhere(status, 200)
 
 
+def test_an_engines_core_is_forked_from_a_process_that_had_vllm_already(quickstart) -> None:
+    parent = _one_of(quickstart, "VLLM::EngineCore").parent()
+    assert parent
+    assert "multiprocessing.forkserver" in " ".join(parent.cmdline())
+
+
 def test_only_what_is_in_flight_fails_when_an_engine_dies_and_the_next_one_answers(quickstart, client) -> None:
     with load(client, 6, **LONG) as seen:
         time.sleep(2)
