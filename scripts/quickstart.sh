@@ -40,7 +40,7 @@ fi
 
 pages() {  # what a person reads: the data, and the newest run of it
   say "to read in a browser:"
-  "$python" -m sweeps data sweeps/definitions/quickstart.yaml 2>&1 | tail -n 1 >&2
+  echo "data: $(ls -t "$WINNOW_HOME"/datasets/*.html | head -n 1)" >&2
   echo "report: $(find "$WINNOW_HOME/runs" -path '*/tickets-*/report.html' | sort | tail -n 1)" >&2
 }
 

@@ -14,7 +14,7 @@ from ray import serve
 from cluster import paths
 from serving import ahead, place
 from serving.registry import ModelVersion
-from serving.spec import ServingSpec
+from serving.spec import REPORTS_S, ServingSpec
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
@@ -54,7 +54,7 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
     runtime_env = {**ray.get_runtime_context().runtime_env, **arguments["runtime_env"]}  # a driver's own reaches it too
     described: Any = serve.deployment(
         name=version.version,
-        autoscaling_config=spec.autoscaling_config.model_dump() | at_first,
+        autoscaling_config=spec.autoscaling_config.model_dump() | {"metrics_interval_s": REPORTS_S} | at_first,
         max_ongoing_requests=spec.max_ongoing_requests,
         max_queued_requests=spec.max_queued_requests,
         graceful_shutdown_timeout_s=spec.grace_s,

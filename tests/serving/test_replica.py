@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from ray.llm._internal.serve.constants import DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S
+from ray.serve.config import AutoscalingConfig
 
 from serving import engine, replica
 from serving.registry import ModelVersion
-from serving.spec import ServingSpec
+from serving.spec import REPORTS_S, ServingSpec
 
 VERSION = ModelVersion("tickets", "v1", Path("nowhere"))
 
@@ -52,6 +53,12 @@ def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpe
     env_vars = theirs["ray_actor_options"]["runtime_env"]["env_vars"]
     assert ours.ray_actor_options["runtime_env"]["env_vars"] == env_vars
     assert (DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S) == (engine._HEALTH_S, engine._HEALTH_S)
+
+
+def test_what_is_asked_of_replicas_is_reported_more_often_than_serve_would() -> None:
+    config = engine.deployment(VERSION, ServingSpec(), surge=True, begins=True)._bound_deployment._deployment_config
+    assert config.autoscaling_config
+    assert config.autoscaling_config.metrics_interval_s == REPORTS_S < AutoscalingConfig().metrics_interval_s
 
 
 def test_an_argument_that_vllm_does_not_know_is_refused() -> None:
