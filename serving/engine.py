@@ -51,7 +51,7 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
     # Serve comes back to so many whenever a deployment's configuration changes: named once, and only where it matters.
     at_first = {"initial_replicas": 1} if begins and spec.autoscaling_config.min_replicas == 0 else {}
     arguments = llm_arguments(version, spec)
-    runtime_env = {**ray.get_runtime_context().runtime_env, **arguments["runtime_env"]}  # a driver's own reaches it too
+    of_driver = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}  # asked, Ray would start itself
     described: Any = serve.deployment(
         name=version.version,
         autoscaling_config=spec.autoscaling_config.model_dump() | {"metrics_interval_s": REPORTS_S} | at_first,
@@ -60,7 +60,7 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
         graceful_shutdown_timeout_s=spec.grace_s,
         health_check_period_s=_HEALTH_S,
         health_check_timeout_s=_HEALTH_S,
-        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {**of_driver, **arguments["runtime_env"]}},
         placement_group_bundles=[_worker(spec)] * spec.workers,
         placement_group_strategy="PACK",
         max_surge_percent=100 if surge else 0,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.llm._internal.serve.constants import DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S
 from ray.serve.config import AutoscalingConfig
 
@@ -39,7 +41,10 @@ def test_grammars_are_of_a_kind_that_bounds_a_step_unless_settings_say_otherwise
         ServingSpec(gpus_per_replica=0.5, cpus_per_replica=0),
     ],
 )
-def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpec) -> None:
+def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpec, monkeypatch) -> None:
+    # Theirs asks Ray for the driver's environment, and Ray would start itself.
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={"pip": ["one"]}))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     ours = engine.deployment(VERSION, spec, surge=True, begins=True)._bound_deployment._replica_config
     arguments = engine.llm_arguments(VERSION, spec)
     config = replica.LLMConfig(**arguments, deployment_config={"ray_actor_options": {"num_cpus": 0}})
@@ -50,8 +55,9 @@ def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpe
 
     assert some(ours.placement_group_bundles) == some(theirs["placement_group_bundles"])
     assert ours.placement_group_strategy == theirs["placement_group_strategy"]
-    env_vars = theirs["ray_actor_options"]["runtime_env"]["env_vars"]
-    assert ours.ray_actor_options["runtime_env"]["env_vars"] == env_vars
+    environment = theirs["ray_actor_options"]["runtime_env"]
+    environment.pop("worker_process_setup_hook")  # does nothing
+    assert ours.ray_actor_options["runtime_env"] == environment
     assert (DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S) == (engine._HEALTH_S, engine._HEALTH_S)
 
 
