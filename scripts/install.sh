@@ -57,7 +57,7 @@ if ! "${pip[@]}" "${arguments[@]}" 2>&1 | tee "$log" | progress >&2; then
   fi
   exit 1
 fi
-# On all cores, where pip would on one; like pip, past files that do not compile, and past packages' own tests.
+# On all cores, where pip would on one, and without packages' own tests; like pip, past files that do not compile.
 echo "install: compiling" >&2
 "$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" >/dev/null 2>&1 || true
 cat "${lists[@]}" | sha256sum >"$stamp"

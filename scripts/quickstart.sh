@@ -39,9 +39,12 @@ else
 fi
 
 pages() {  # what a person reads: the data, and the newest run of it
+  local report hash
+  report=$(find "$WINNOW_HOME/runs" -path '*/tickets-*/report.html' | sort | tail -n 1)
+  hash=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["dataset_hash"])' "${report%report.html}result.json")
   say "to read in a browser:"
-  echo "data: $(ls -t "$WINNOW_HOME"/datasets/*.html | head -n 1)" >&2
-  echo "report: $(find "$WINNOW_HOME/runs" -path '*/tickets-*/report.html' | sort | tail -n 1)" >&2
+  echo "data: $WINNOW_HOME/datasets/$hash.html" >&2
+  echo "report: $report" >&2
 }
 
 say "4/5 deploy with Ray Serve and vLLM"

@@ -20,6 +20,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEV
 EXECUTOR, _IN_THE_CORE = "distributed_executor_backend", "uni"
 """vLLM's name for a model that the engine's core runs itself."""
 STEP_TIMEOUT = "WINNOW_STEP_TIMEOUT_S"
+_INDUCTOR = {"TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""vLLM sets them on a CPU, in the replica, when the process that a core is forked from has read them already."""
 _STRUCTURED = "structured_outputs_config"
 _USUAL = {
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype", "quantization", "enforce_eager", "seed"),
@@ -129,6 +131,7 @@ def environment(spec: ServingSpec) -> dict[str, str]:
     if engine_kwargs(spec).get(EXECUTOR) == _IN_THE_CORE:  # vLLM would take a process of its own all the same
         threads = max(1, int(spec.cpus_per_replica))
         on_cpu |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads), ahead.WANTED: "1"}
+        on_cpu |= _INDUCTOR
     return everywhere | on_cpu
 
 

@@ -33,6 +33,7 @@ _OF_OUR_CLUSTER = {
     # Ten looks a second at what hardly changes take a tenth of a core with nobody asking.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+    "RAY_SERVE_MIN_HANDLE_METRICS_TIMEOUT_S": "20",  # what an ingress that stands still told last counts for so long
 }
 """Ray's settings that are read as its processes start."""
 _OF_REPLICAS = ("replica", "engine", "ahead", "leases", "listener", "handover", "events", "errors", "meters")

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -121,7 +122,7 @@ class LeasedServer(LLMServer):
                 await self.engine.check_health()
             except Exception:  # whatever it died of
                 await asyncio.sleep(_LAST_WORDS_S)
-                os._exit(1)
+                _end()
 
     async def _end_when_stuck(self) -> None:
         """The same where the engine's core does not come out of a step: to vLLM that is healthy, and to whoever asks it
@@ -129,9 +130,7 @@ class LeasedServer(LLMServer):
         client: Any = self.engine._engine_client  # type: ignore[union-attr]  # vLLM's, of which Ray's engine tells less
         await until_silent(client.is_sleeping, float(os.environ[STEP_TIMEOUT]))
         _log.error("the engine takes longer than step_timeout_s for one step; this replica ends")
-        for process in psutil.Process().children(recursive=True):
-            process.kill()  # it would not hear that its parent ended
-        os._exit(1)
+        _end()
 
     async def _tell(self) -> None:
         meters = EngineMeters()
@@ -147,6 +146,14 @@ class LeasedServer(LLMServer):
         """``Leases.take``, as a call that Serve routes here."""
         async for one in self._leases.take():
             yield one
+
+
+def _end() -> None:
+    """End this process and all that it began, which would not hear of it."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(1)
 
 
 async def until_silent(asked: Callable[[], Awaitable[Any]], within_s: float) -> None:

@@ -17,7 +17,7 @@ _WORKERS = ("tensor_parallel_size", "pipeline_parallel_size")
 _SECTIONS = ("override_generation_config", "structured_outputs_config")
 """Of vLLM's engine: mappings to which Winnow adds its own."""
 REPORTS_S = 2
-"""Serve's replicas and handles tell their load every so many seconds. With Serve's own 10, a request that found no
+"""Serve's handles, in the ingress, tell of requests every so many seconds. With Serve's own 10, one that found no
 replica waited up to 13 before one was begun: a handle tells at once, but what it noted last, mostly that none waits."""
 _KNOWN_S = 10
 """After so many, what a new replica is asked is known for certain."""
@@ -36,7 +36,7 @@ class AutoscalingSpec(_Spec):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
-    look_back_period_s: Annotated[float, Field(gt=REPORTS_S)] = Field(30, description="Replicas report every 2 s.")
+    look_back_period_s: Annotated[float, Field(gt=REPORTS_S)] = Field(30, description="The ingress reports every 2 s.")
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300
     downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = Field(
@@ -55,7 +55,7 @@ class AutoscalingSpec(_Spec):
         if self.min_replicas == 0 and (delay_s := getattr(self, name)) <= _KNOWN_S:
             raise ValueError(
                 f"{name} must be above {_KNOWN_S} s where min_replicas is 0, got {delay_s:g}: "
-                "a new replica may not have reported its requests before, and would go with them"
+                "what a new replica is asked may not have been reported before, and it would go"
             )
         return self
 

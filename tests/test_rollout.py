@@ -490,6 +490,7 @@ def test_an_engines_core_is_forked_from_a_process_that_had_vllm_already(quicksta
     parent = _one_of(quickstart, "VLLM::EngineCore").parent()
     assert parent
     assert "multiprocessing.forkserver" in " ".join(parent.cmdline())
+    assert any("libtorch_cpu" in part.path for part in parent.memory_maps())
 
 
 def test_only_what_is_in_flight_fails_when_an_engine_dies_and_the_next_one_answers(quickstart, client) -> None:

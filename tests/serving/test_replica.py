@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from ray.llm._internal.serve.constants import DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S
 from ray.serve.config import AutoscalingConfig
 
-from serving import engine, replica
+from serving import ahead, engine, replica
 from serving.registry import ModelVersion
 from serving.spec import REPORTS_S, ServingSpec
 
@@ -59,6 +61,31 @@ def test_a_replica_is_placed_as_rays_own_builder_would_place_it(spec: ServingSpe
     environment.pop("worker_process_setup_hook")  # does nothing
     assert ours.ray_actor_options["runtime_env"] == environment
     assert (DEFAULT_HEALTH_CHECK_PERIOD_S, DEFAULT_HEALTH_CHECK_TIMEOUT_S) == (engine._HEALTH_S, engine._HEALTH_S)
+
+
+def test_a_core_is_forked_where_one_worker_has_no_gpu_and_from_what_this_vllm_has(monkeypatch) -> None:
+    def forks(**settings: Any) -> bool:
+        return ahead.WANTED in engine.environment(ServingSpec(**settings))
+
+    assert forks()
+    assert not forks(gpus_per_replica=0.5)
+    assert not forks(engine_kwargs={"tensor_parallel_size": 2})
+    assert not forks(engine_kwargs={"distributed_executor_backend": "mp"})
+    assert all(importlib.util.find_spec(name) for name in ahead.LOADED)
+
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import utils
+
+    before = utils.get_mp_context
+    monkeypatch.setenv(ahead.WANTED, "1")
+    with ahead.forked():
+        assert utils.get_mp_context().get_start_method() == "forkserver"
+    with pytest.raises(RuntimeError, match="to fork an engine's core from has ended"), ahead.forked():
+        raise EOFError
+    assert utils.get_mp_context is before
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    with ahead.forked():
+        assert utils.get_mp_context is before
 
 
 def test_what_is_asked_of_replicas_is_reported_more_often_than_serve_would() -> None:
