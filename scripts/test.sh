@@ -11,9 +11,9 @@ if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi
 
-# All of it, in two halves that take about as long: types, tests that train in one process, a cluster of several
-# nodes and jobs, on one core beside the rest. Then the quickstart, and with the machine to itself what asks how soon its endpoint
-# answers.
+# All of it, in two halves that take about as long: types, tests that train in one process, a cluster of several nodes,
+# and jobs, on one core beside the rest. Then the quickstart, and with the machine to itself what asks how soon its
+# endpoint answers.
 beside_the_rest=(tests/trainables tests/test_cluster.py tests/test_jobs.py)
 endpoint=(tests/test_quickstart.py tests/test_rollout.py)
 elsewhere=("${beside_the_rest[@]}" "${endpoint[@]}")

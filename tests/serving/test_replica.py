@@ -78,6 +78,7 @@ def test_a_core_is_forked_where_one_worker_has_no_gpu_and_from_what_this_vllm_ha
 
     before = utils.get_mp_context
     monkeypatch.setenv(ahead.WANTED, "1")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: True)
     with ahead.forked():
         assert utils.get_mp_context().get_start_method() == "forkserver"
     with pytest.raises(RuntimeError, match="to fork an engine's core from has ended"), ahead.forked():
