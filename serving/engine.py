@@ -63,7 +63,7 @@ def deployment(version: ModelVersion, spec: ServingSpec, surge: bool, begins: bo
         health_check_period_s=_HEALTH_S,
         health_check_timeout_s=_HEALTH_S,
         ray_actor_options={"num_cpus": 0, "runtime_env": {**of_driver, **arguments["runtime_env"]}},
-        placement_group_bundles=[_worker(spec)] * spec.workers,
+        placement_group_bundles=[spec.worker_as_ray] * spec.workers,
         placement_group_strategy="PACK",
         max_surge_percent=100 if surge else 0,
         logging_config=QUIET,
@@ -76,15 +76,10 @@ def llm_arguments(version: ModelVersion, spec: ServingSpec) -> dict[str, Any]:
     return {
         "model_loading_config": {"model_id": version.model, "model_source": str(version.path)},
         "accelerator_config": {"kind": "gpu" if spec.gpus_per_replica > 0 else "cpu"},
-        "placement_group_config": {"bundle_per_worker": _worker(spec)},
+        "placement_group_config": {"bundle_per_worker": spec.worker_as_ray},
         "engine_kwargs": engine_kwargs(spec),
         "runtime_env": {"env_vars": environment(spec) | _kept_compiled(version)},
     }
-
-
-def _worker(spec: ServingSpec) -> dict[str, float]:
-    """What Ray keeps for one worker of a replica's engine."""
-    return {"CPU": spec.cpus_per_replica} | ({"GPU": spec.gpus_per_replica} if spec.gpus_per_replica else {})
 
 
 def check_names(spec: ServingSpec) -> None:
@@ -101,8 +96,8 @@ def check_names(spec: ServingSpec) -> None:
     known = {field.name for arguments in (AsyncEngineArgs, FrontendArgs) for field in fields(arguments)}
     for name in sorted(spec.engine_kwargs.keys() - known):
         near = get_close_matches(name, known, 1)
-        meant = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"serving.engine_kwargs.{name}: must be an argument of vLLM's engine{meant}")
+        mend = f"did you mean '{near[0]}'?" if near else "leave it out"
+        raise ValueError(f"serving.engine_kwargs.{name}: must be an argument of vLLM's engine; {mend}")
 
 
 def engine_kwargs(spec: ServingSpec) -> dict[str, Any]:

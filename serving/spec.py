@@ -198,10 +198,14 @@ class ServingSpec(_Spec):
         return math.prod(self.engine_kwargs.get(name, 1) for name in _WORKERS)
 
     @property
+    def worker_as_ray(self) -> dict[str, float]:
+        """What Ray keeps for one worker of a replica's engine, by its names of resources."""
+        return {"CPU": self.cpus_per_replica} | ({"GPU": self.gpus_per_replica} if self.gpus_per_replica else {})
+
+    @property
     def replica_as_ray(self) -> dict[str, float]:
-        """Ray's resource names for one replica, all of its workers together."""
-        wanted = {"CPU": self.cpus_per_replica * self.workers, "GPU": self.gpus_per_replica * self.workers}
-        return {name: amount for name, amount in wanted.items() if amount}
+        """The same for one replica, all of its workers together."""
+        return {name: amount * self.workers for name, amount in self.worker_as_ray.items() if amount}
 
 
 def with_changes(registered: Mapping[str, Any], changes: Mapping[str, Any]) -> ServingSpec:
