@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from cluster import forks
 
 AUTH_TOKEN = Path("~/.ray/auth_token")
 
@@ -38,8 +40,12 @@ def quieten() -> None:
 
 
 @contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
-    """A connection to Ray for the block: ``address``, ``RAY_ADDRESS``, or a local cluster that ends with the block."""
+def connected(address: str | None = None, preload: Sequence[str] = ()) -> Iterator[None]:
+    """A connection to Ray for the block: ``address``, ``RAY_ADDRESS``, or a local cluster that ends with the block.
+
+    Args:
+        preload: modules that a local cluster's workers find imported, for they are forked from a process that has them.
+    """
     quieten()
     import ray
 
@@ -50,13 +56,14 @@ def connected(address: str | None = None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         options["include_dashboard"] = False
-    with _own_sigterm():
-        ray.init(address or "local", **options)
-    protect_token()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with forks.workers(preload) if preload and not address else nullcontext():
+        with _own_sigterm():
+            ray.init(address or "local", **options)
+        protect_token()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

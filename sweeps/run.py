@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
+_PRELOAD = ("sweeps.search.trainable",)
+"""What every trial's process imports, and torch is no part of: it has to find out itself how many threads it has."""
+
 
 def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) -> dict[str, Any]:
     """Search, prove, merge and register. Data and cluster are checked before the run exists.
@@ -41,7 +44,7 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
     if run_id:
         _check_same_data(run_id, data)
     tracking_environment(definition)
-    with session.connected():
+    with session.connected(preload=_PRELOAD):
         _check_cluster(definition)
         run_id = run_id or new_run(definition, data)
         log(f"run: {run_id}")

@@ -22,7 +22,7 @@ TRAINING = {"torch", "transformers", "peft", "trl", "bitsandbytes"}
 SERVING = ("replica", "engine", "meters", "upstream", "ingress", "front", "app", "place", "warming", "rollout")
 SERVE_MODULES = {f"serving.{name}" for name in SERVING}
 ALLOWED_HEAVY = {
-    "cluster": {"ray": {"cluster.session"}},
+    "cluster": {"ray": {"cluster.session", "cluster.forks"}},
     "trainables": {"ray": {"trainables.remote", "trainables.host"}, "vllm": {"trainables.generation"}},
     "serving": {"ray": SERVE_MODULES, "vllm": {"serving.engine", "serving.replica", "serving.ahead"}},
     "sweeps": {"ray.tune": {"sweeps.search"}, "optuna": {"sweeps.search"}},
