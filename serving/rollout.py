@@ -74,7 +74,8 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
     its timetable, on which it advances or goes back by itself.
 
     Raises:
-        ValueError: no such version, it is production, a weight out of range, or the model is not deployed.
+        ValueError: no such version, it is production, its settings are such as vLLM refuses, a weight out of range, or
+            the model is not deployed.
     """
     if weight is not None and not 0 < weight <= 100:
         raise ValueError(f"--weight must be above 0 and at most 100 percent, but got {weight:g}")
@@ -84,10 +85,14 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
         production = place.production(model, now)
         if found.version == production:
             raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
-        registry.settle(model, production, "it is what serves")
-        if registry.aliases(model).get(registry.CANARY) != found.version or found.version not in now.versions:
-            registry.end_canary(model, "canary")  # one that is not there any more, too: its weight is not this one's
-        _keep(model, now, (production, found.version), log)
+        with place.cluster(log, start=False):
+            from serving import engine
+
+            engine.check_names(with_changes(found.record["serving"], now.settings))
+            registry.settle(model, production, "it is what serves")
+            if registry.aliases(model).get(registry.CANARY) != found.version or found.version not in now.versions:
+                registry.end_canary(model, "canary")  # one that is gone, too: its weight is not this one's
+            bring(model, now, (production, found.version), log)
         if automatic := weight is None:
             spec = with_changes(registry.find(f"{model}@{production}").record["serving"], now.settings)
             weight = spec.canary.weights[0]

@@ -43,14 +43,14 @@ def versions(quickstart) -> tuple[str, str]:
         return first.version, copied(first, "tickets", "trained anew")
 
 
-def copied(source: registry.ModelVersion, model: str, notes: str) -> str:
-    """A version of ``model`` that answers as ``source`` does."""
+def copied(source: registry.ModelVersion, model: str, notes: str, **record: Any) -> str:
+    """A version of ``model`` that answers as ``source`` does, with another ``record`` in parts."""
     with registry.staging(model) as staged:
         for file in source.path.iterdir():
             if file.name != "record.json":
                 shutil.copyfile(file, staged / file.name)
         (staged / "NOTES.txt").write_text(notes)
-        return registry.register(model, staged, source.record).version
+        return registry.register(model, staged, source.record | record).version
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,20 @@ def test_what_each_variant_did_is_counted(quickstart, versions, client) -> None:
     assert counted[f"{versions[0]} production"]["completion_tokens"] > 60
     assert counted[f"{versions[1]} direct"]["requests"] == 1
     assert 0 < counted[f"{versions[0]} production"]["first_token_p50_s"] < 10
+
+
+def test_a_version_that_vllm_would_refuse_does_not_end_the_canary_that_is_there(quickstart, versions) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINNOW_HOME", str(quickstart["home"]))
+        first, before = registry.find(f"tickets@{versions[0]}"), registry.canary("tickets")
+        settings = first.record["serving"] | {"engine_kwargs": {"max_sequences": 8}}
+        refused = copied(first, "tickets", "with settings of its own", serving=settings)
+        done = winnow("serving", "canary", "tickets", refused, "--weight", "10", env=quickstart["env"])
+        assert done.returncode == 2
+        assert "serving.engine_kwargs.max_sequences: must be an argument of vLLM's engine" in done.stderr
+        assert registry.aliases("tickets")["canary"] == versions[1]
+        assert registry.canary("tickets") == before
+        shutil.rmtree(registry.find(f"tickets@{refused}").path)
 
 
 def test_prometheus_finds_all_that_the_dashboard_shows(quickstart, versions, client) -> None:
