@@ -1,8 +1,8 @@
 """Workers of a Ray cluster on this machine, forked from one process that has imported what they need.
 
 Ray Tune wants a process for each trial, and a packed trial's only hands on what an engine reports: of the two and a
-half seconds of a core that one took to start, nearly all were imports. This file is also the program that such a
-cluster runs for a worker: it asks for a fork, and where none is to be had it is the worker itself, as without us.
+half seconds of a core that one took to start, nearly all were imports. This file is also the program that Ray runs
+for a worker of such a cluster: it asks for a fork, and where none is to be had it becomes the worker itself.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any
 
 _SERVE = "--serve"
 _ADDRESS = "socket"
-"""Beside the link to this file that Ray is given, in a directory of this user's alone: who asks decides what runs."""
+"""Beside the link to this file that Ray is given, in a directory of this user's alone: who can ask runs code as us."""
 _LONGEST_ADDRESS = 107
 """Bytes that Linux has room for; workers start by themselves where temporary files lie deeper."""
 _FORKED = b"\1"
 _MOST_BYTES = 2**20
 _REQUEST_S = 5.0
-"""How long a worker's program may take to say what it was started with."""
+"""For which the process that forks waits for the next bytes of a request."""
 _JOB, _RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
-"""Ray reads them at its import and never again. There is no raylet yet then, so forks end with our process instead."""
+"""Ray reads them at its import and never again. There is no raylet yet then: forks watch the driver in its place."""
 _FIRST_JOB = "01000000"
 """Of a cluster that has just been started."""
 _PRESTART = "RAY_prestart_worker_first_driver"
@@ -48,7 +48,7 @@ _OOM_SCORE = Path("/proc/self/oom_score_adj")
 def workers(preload: Sequence[str]) -> Iterator[None]:
     """A cluster that ``ray.init`` starts in the block has its workers forked from a process with these modules.
 
-    That process and its forks end with the block, or with this process, however it ends.
+    The process ends with the block, or with the driver, however that ends, and its forks with their cluster.
     """
     import subprocess
     import tempfile
@@ -64,7 +64,7 @@ def workers(preload: Sequence[str]) -> Iterator[None]:
         program.symlink_to(Path(__file__).resolve())
         listener.bind(str(address))
         listener.listen(socket.SOMAXCONN)
-        # one thread, Ray's number for most workers: numpy's library takes it at import, from the process that forks
+        # OpenBLAS, numpy's library, takes its threads at import; one is what Ray would give to all but larger workers
         own = {_JOB: _FIRST_JOB, _RAYLET: str(os.getpid()), "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             [sys.executable, __file__, _SERVE, str(listener.fileno()), json.dumps(sys.path), *preload],
@@ -118,31 +118,30 @@ def _serve(number: str, path: str, *modules: str) -> None:
         RuntimeError: forks would draw the same ids. Workers start by themselves then, as after any error here.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as in all of Ray's processes
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork
     sys.path[:] = json.loads(path)
     _import(modules)
     if not _draw_apart():
         raise RuntimeError("what has been imported drew from Ray's generator of ids")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork
     listener = socket.socket(fileno=int(number))
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
-        streams = list[int]()
-        with connection, suppress(OSError, ValueError):  # who asked has gone, or there is no room for a process
+        streams, forked = list[int](), False
+        with suppress(OSError, ValueError):  # no request that can be met, or no room for a process
             request = _read(connection, streams)
-            if os.fork() == 0:
-                asked = connection.dup()
-                break
+            forked = os.fork() == 0
+        if forked:
+            listener.close()
+            _run_worker(request, streams, connection)
+            return
+        connection.close()
         for stream in streams:
             os.close(stream)
-    else:  # our process has ended, and perhaps not by its own will
-        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
-        return
-    listener.close()
-    _run_worker(request, streams, asked)
+    shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)  # the driver was killed, and left it
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Without a draw from Ray's generator of ids: where it has come to, every fork would go on from."""
+    """Imports without drawing ids: after a draw, Ray's generator would give every fork the same ones."""
     from ray import ActorClassID, actor
 
     drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
@@ -198,7 +197,7 @@ def _run_worker(request: dict[str, Any], streams: Sequence[int], asked: socket.s
         os.dup2(stream, standard)
         os.close(stream)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setpgid(0, 0)  # this and the next Ray has given to whoever asked
+    os.setpgid(0, 0)  # a group, and the score below, are what Ray has given to the program that asked
     _OOM_SCORE.write_text(request["oom_score"])
     resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
     os.environ.clear()
@@ -209,7 +208,7 @@ def _run_worker(request: dict[str, Any], streams: Sequence[int], asked: socket.s
     raylet.Config.initialize("")  # by this environment
     raylet.AuthenticationTokenLoader.instance().reset_cache()
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # Python's own generator sees to it itself
+        numpy.random.seed()  # Python's own generator does so itself after a fork
     asked.send(_FORKED)
     asked.close()
     runpy.run_path(sys.argv[0], run_name="__main__")

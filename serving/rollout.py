@@ -74,21 +74,21 @@ def canary(model: str, version: str, weight: float | None, log: Log) -> dict[str
     its timetable, on which it advances or goes back by itself.
 
     Raises:
-        ValueError: no such version, it is production, its settings are such as vLLM refuses, a weight out of range, or
-            the model is not deployed.
+        ValueError: no such version, it is production, vLLM does not know an argument of its engine, a weight out of
+            range, or the model is not deployed.
     """
     if weight is not None and not 0 < weight <= 100:
         raise ValueError(f"--weight must be above 0 and at most 100 percent, but got {weight:g}")
     found = registry.find(f"{model}@{version}")
     with _alone(model):
         now = _deployed(model)
-        production = place.production(model, now)
-        if found.version == production:
-            raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
         with place.cluster(log, start=False):
             from serving import engine
 
             engine.check_names(with_changes(found.record["serving"], now.settings))
+            production = place.production(model, now)
+            if found.version == production:
+                raise ValueError(f"{model}@{found.version} is production already; a canary is another version")
             registry.settle(model, production, "it is what serves")
             if registry.aliases(model).get(registry.CANARY) != found.version or found.version not in now.versions:
                 registry.end_canary(model, "canary")  # one that is gone, too: its weight is not this one's
