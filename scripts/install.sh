@@ -18,8 +18,8 @@ done
 
 venv=${WINNOW_VENV:-.venv}
 lists=("requirements/$platform.txt" ${lm_eval:+requirements/lm-eval.txt} ${dev:+requirements/dev.txt})
-stamp="$venv/.winnow-$platform${lm_eval:+-lm-eval}${dev:+-dev}"
-if [ -f "$stamp" ] && [ "$(cat "${lists[@]}" | sha256sum)" = "$(cat "$stamp")" ]; then exit 0; fi
+stamp="$venv/.winnow"  # of what is there: more than what is wanted now, perhaps
+if [ -f "$stamp" ] && ! grep -qvxFf "$stamp" <(sha256sum "${lists[@]}"); then exit 0; fi
 
 if [ ! -x "$venv/bin/python" ]; then
   python=${WINNOW_PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3 || true)}
@@ -30,6 +30,7 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 
+rm -f "$stamp"  # until all of this is there
 total=$(cat "${lists[@]}" | grep -c '==')
 echo "install: ${lists[*]}, $total packages (a few minutes the first time)" >&2
 log=$(mktemp)
@@ -60,4 +61,4 @@ fi
 # On all cores, where pip would on one, and without packages' own tests; like pip, past files that do not compile.
 echo "install: compiling" >&2
 "$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" >/dev/null 2>&1 || true
-cat "${lists[@]}" | sha256sum >"$stamp"
+sha256sum "${lists[@]}" >"$stamp"

@@ -106,27 +106,40 @@ def encode_copies(tokenizer: PreTrainedTokenizerFast, rng: random.Random, count:
 
 
 def batch(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, each [rows, longest]; marked tokens alone are labelled."""
+    """input_ids, labels and position_ids, each [lines, longest]; marked tokens alone are labelled.
+
+    Examples lie one behind another in lines as long as the longest of them: a line for each would be half padding.
+    transformers sees by the positions where one begins, and lets none look at another.
+    """
     longest = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), longest), pad)
-    labels, attention = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for index, (tokens, mask) in enumerate(rows):
-        length = len(tokens)
-        ids[index, :length] = torch.tensor(tokens)
-        attention[index, :length] = 1
-        labels[index, :length] = torch.where(torch.tensor(mask) == 1, ids[index, :length], -100)
-    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+    lines: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
+        fitting = (line for line in lines if sum(len(ids) for ids, _ in [*line, row]) <= longest)
+        if line := next(fitting, None):
+            line.append(row)
+        else:
+            lines.append([row])
+    ids = torch.full((len(lines), longest), pad)
+    labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for index, line in enumerate(lines):
+        start = 0
+        for tokens, mask in line:
+            place = (index, slice(start, start := start + len(tokens)))
+            ids[place] = torch.tensor(tokens)
+            labels[place] = torch.where(torch.tensor(mask) == 1, ids[place], -100)
+            positions[place] = torch.arange(len(tokens))
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
     """AdamW with a short warm-up and a linear fall to zero; progress on standard output."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = PEAK_LR * min(1.0, (step + 1) / 50) * (1 - step / steps)
         copies = COPIES if step < steps // 2 else 0
         rows = encode_general(tokenizer, rng, BATCH - copies) + encode_copies(tokenizer, rng, copies)
-        loss = model(**batch(rows, tokenizer.pad_token_id)).loss
+        loss = model(**batch(rows, tokenizer.pad_token_id), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
