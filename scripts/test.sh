@@ -12,8 +12,8 @@ if [ $# -gt 0 ]; then
 fi
 
 # All of it, in two halves that take about as long: types, tests that train in one process, a cluster of several nodes,
-# and jobs, on one core beside the rest. Then the quickstart, and with the machine to itself what asks how soon its
-# endpoint answers.
+# and jobs, beside the rest, each with one thread a process, for two would wait for each other. Then the quickstart, and
+# with the machine to itself what asks how soon its endpoint answers.
 beside_the_rest=(tests/trainables tests/test_cluster.py tests/test_jobs.py)
 endpoint=(tests/test_quickstart.py tests/test_rollout.py)
 elsewhere=("${beside_the_rest[@]}" "${endpoint[@]}")
@@ -25,7 +25,7 @@ set +m
 trap 'exit 130' INT TERM
 trap '{ kill -INT -- "-$beside" 2>/dev/null && wait "$beside"; } || true; rm -f "$said"' EXIT
 status=0
-"$bin/python" -m pytest "${elsewhere[@]/#/--ignore=}" || status=$?
+OMP_NUM_THREADS=1 "$bin/python" -m pytest "${elsewhere[@]/#/--ignore=}" || status=$?
 wait "$beside" || status=$?
 trap 'rm -f "$said"' EXIT
 cat "$said"
