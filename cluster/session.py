@@ -224,6 +224,17 @@ def ray_command() -> str:
     return str(beside) if beside.exists() else "ray"
 
 
+def hide_other_gpus() -> None:
+    """In a task or an actor to which Ray gave no GPU: torch, not imported yet, is to find none.
+
+    Ray leaves all of a node's to be seen, and engines of a serving cluster need it so.
+    """
+    import ray
+
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def logs() -> Path:
     """Where this node of the connected cluster keeps its logs; they stay when it ends."""
     from ray._private.worker import global_worker

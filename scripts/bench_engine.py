@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +53,7 @@ class Side:
 
     kind: str
     threads: int
+    device: str
     base: str
     r: int
     keeps_dequantised: bool
@@ -63,17 +65,25 @@ def main() -> int:
     cuda = arguments.device == "cuda"
     engines, processes = (1, arguments.processes or 4) if cuda else (cores, arguments.processes or cores)
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
-        shapes.make(arguments.shape, Path(scratch))
-        common = (scratch, arguments.r, arguments.dequantise == "once")
+        shapes.make(arguments.shape, Path(scratch), device=arguments.device)
+        common = (arguments.device, scratch, arguments.r, arguments.dequantise == "once")
         sides = {
             "packed": [Side("packed", 1 if not cuda else cores, *common)] * engines,
             "sequential": [Side("solo", cores, *common)],
             "concurrent": [Side("solo", 1, *common)] * processes,
         }
         crews = {name: [_Worker(side) for side in crew] for name, crew in sides.items()}
-        points = [Point(k, t) for t in arguments.tokens for k in arguments.slots]
-        curve = [_measure(point, crews, arguments.rounds, arguments.steps) for point in points]
-        for worker in (worker for crew in crews.values() for worker in crew):
+        workers = [worker for crew in crews.values() for worker in crew]
+        for worker in workers:
+            worker.receive()
+        curve, lost = [], False
+        try:
+            for point in (Point(k, t) for t in arguments.tokens for k in arguments.slots):
+                curve.append(_measure(point, crews, arguments.rounds, arguments.steps))
+        except RuntimeError as error:  # what was measured is told all the same
+            lost = True
+            print(f"bench: {error}", file=sys.stderr)
+        for worker in workers:
             worker.stop()
     told = {name: getattr(arguments, name) for name in ("shape", "rounds", "dequantise")}
     result = {"device": _device_name(cuda), **told, "curve": curve}
@@ -81,7 +91,7 @@ def main() -> int:
         _draw(result, arguments.picture)
     if arguments.json:
         print(json.dumps(result))
-    return 0
+    return int(lost)
 
 
 def _measure(point: Point, crews: dict[str, list[_Worker]], rounds: int, steps: int) -> dict[str, Any]:
@@ -123,23 +133,33 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(side, theirs), daemon=True)
         self.process.start()
-        self.receive()
+        theirs.close()  # or its end would not be seen here
 
-    def send(self, order: tuple[int, int, int] | None) -> None:
+    def send(self, order: tuple[int, int, int]) -> None:
         self.pipe.send(order)
 
     def receive(self) -> None:
-        if self.pipe.recv() != "done":
-            raise RuntimeError("a worker of the benchmark failed; its error stands above")
+        """Wait until it has done what it was sent, or loaded its base.
+
+        Raises:
+            RuntimeError: it has ended instead.
+        """
+        try:
+            self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("a process of the benchmark ended; its error stands above") from None
 
     def stop(self) -> None:
-        self.send(None)
+        with suppress(BrokenPipeError):
+            self.pipe.send(None)
         self.process.join()
 
 
 def _work(side: Side, pipe: Connection) -> None:
     """Loads the base, then steps ``steps`` times with ``share`` adapters of ``tokens`` tokens, as often as told."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if side.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(side.threads)
@@ -178,7 +198,10 @@ class _Packed:
         if self.asked != (share, tokens):
             self._fill(share, tokens)
         for _ in range(steps):
-            self.engine.advance()
+            if failed := [event for event in self.engine.advance() if hasattr(event, "reason")]:
+                raise RuntimeError(f"{len(failed)} of {share} trials failed: {failed[0].message}")
+        if self.engine.counters.splits:
+            raise RuntimeError(f"{share} trials of {tokens} tokens do not fit at once")
 
     def _fill(self, share: int, tokens: int) -> None:
         from trainables.contract import TrialConfig
@@ -281,7 +304,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="concurrent solo processes; default: cores, or 4 on a GPU")
     parser.add_argument("--dequantise", choices=["once", "every-pass"], default="once", help="4-bit layers of packed")
     parser.add_argument("--picture", type=Path, help="write the curve as an HTML page")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda needs a CUDA device, but torch finds none on this machine; use --device cpu")
+    return arguments
 
 
 if __name__ == "__main__":

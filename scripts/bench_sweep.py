@@ -29,10 +29,10 @@ WINNER = "winner: "
 def main() -> int:
     arguments = _arguments()
     home = Path(os.environ.setdefault("WINNOW_HOME", str(ROOT / ".winnow")))
-    _make_inputs(home)
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
         file = Path(scratch) / "bench.json"
         file.write_text(json.dumps(definition(arguments.trials, arguments.slots, arguments.batch)))
+        _make_inputs(home, file)
         rounds = [_round(file) for _ in range(arguments.rounds)]
     result = _medians(rounds)
     print("\n".join(f"  {name:28} {value}" for name, value in result.items()), file=sys.stderr)
@@ -130,11 +130,12 @@ def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _make_inputs(home: Path) -> None:
-    """The quickstart's base and data, where they are not there yet."""
+def _make_inputs(home: Path, file: Path) -> None:
+    """The quickstart's base and data where they are not there yet, and their snapshot, which both sides find then."""
     for made, script in (("bases/tiny", "make_tiny_base.py"), ("sources/tickets", "make_ticket_data.py")):
         if not (home / made).is_dir():
             subprocess.run([sys.executable, ROOT / "scripts" / script, "--out", home / made], check=True)
+    subprocess.run([sys.executable, "-m", "sweeps", "data", file], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def _arguments() -> argparse.Namespace:

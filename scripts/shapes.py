@@ -13,8 +13,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 
 
-def make(shape: str, directory: Path, vocabulary: int | None = None) -> None:
-    """A Llama of that shape as an ordinary directory, in 16 bits but for the tiny one; ``vocabulary``: another size."""
+def make(shape: str, directory: Path, vocabulary: int | None = None, device: str = "cpu") -> None:
+    """A Llama of that shape as an ordinary directory, in 16 bits but for the tiny one.
+
+    Args:
+        vocabulary: another size of it.
+        device: that draws the weights; a CPU takes minutes for 8 billion.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,5 +37,8 @@ def make(shape: str, directory: Path, vocabulary: int | None = None) -> None:
     print(f"making a base of shape {shape} with random weights", file=sys.stderr, flush=True)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if shape != "tiny" else torch.float32)
-    LlamaForCausalLM(config).save_pretrained(str(directory))
+    with torch.device(device):
+        LlamaForCausalLM(config).save_pretrained(str(directory))
     torch.set_default_dtype(torch.float32)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that load it

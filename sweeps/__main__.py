@@ -45,33 +45,43 @@ def plan(arguments: argparse.Namespace) -> int:
 
     data = dataset.prepared(definition)
     tokens = data.manifest["splits"]["train"]["trained_tokens"]
-    planned = plans.plan(definition, data.count("train"), tokens, *_probed(definition, data))
+    memory, limit, obstacle = _probed(definition, data)
+    planned = plans.plan(definition, data.count("train"), tokens, memory, limit, obstacle)
     for name, value in planned.items():
         say(f"  {name:25} {value}")
     answer(arguments, planned)
     return DONE
 
 
-def _probed(definition: SweepDefinition, data: Snapshot) -> tuple[MemoryModel | None, float | None]:
-    """An engine's memory, measured on this machine; nothing where trials will not share a base of this device."""
+def _probed(definition: SweepDefinition, data: Snapshot) -> tuple[MemoryModel | None, float | None, str | None]:
+    """An engine's memory and its limit, measured on this machine, or why its trials cannot share this base after all;
+    nothing where they will not, or not on this kind of device.
+    """
     from trainables import base
 
     if not definition.packs:
-        return None, None
+        return None, None, None
     resources, device = definition.resources, base.device()
     if (device.type == "cuda") != (resources.gpus_per_trial > 0):
         say(f"plan: the sweep runs on another kind of device than this machine's {device.type}: no memory is measured")
-        return None, None
+        return None, None, None
     from trainables import probe
+    from trainables.contract import CannotPack
 
     say("plan: loading the base to measure what a trial takes")
-    return probe.measured(
-        definition.base_model,
-        data,
-        definition.largest_training,
-        resources.memory_gib_per_engine,
-        resources.engine_as_ray().get("CPU", 1),
-    )
+    try:
+        memory, limit = probe.measured(
+            definition.base_model,
+            data,
+            definition.largest_training,
+            resources.memory_gib_per_engine,
+            resources.engine_as_ray().get("CPU", 1),
+            answers=definition.measurement is not None,
+        )
+    except CannotPack as error:
+        definition.check_may_be_solo(str(error))
+        return None, None, str(error)
+    return memory, limit, None
 
 
 def data(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -25,8 +26,15 @@ Scalar = int | float | str | bool
 SLOTS = 8
 """Of an engine, where a definition names no number: beyond it a trial's step gets hardly any cheaper."""
 
-_GROWS = ("r", "per_device_train_batch_size", "per_device_eval_batch_size", "lora_dropout")
-"""Fields of training with which a trial's memory grows."""
+_GROWS: dict[str, Callable[[Any], float]] = {
+    "r": float,
+    "per_device_train_batch_size": float,
+    "per_device_eval_batch_size": float,
+    "lora_dropout": float,
+    "optim": lambda name: not name.endswith("8bit"),
+    "train_sampling_strategy": lambda name: name != "random",
+}
+"""Fields of training with which a trial's memory grows, and how much by what value."""
 
 
 class DistributionSpec(Spec):
@@ -356,8 +364,10 @@ class SweepDefinition(Spec):
     @property
     def largest_training(self) -> TrainingSpec:
         """The training section with the most memory that the search can ask for."""
-        searched = set(_GROWS) & set(self.search.space)
-        return self.trial_training({name: max(self.search.space[name].extremes()) for name in searched})
+        searched = _GROWS.keys() & self.search.space.keys()
+        return self.trial_training(
+            {name: max(self.search.space[name].extremes(), key=_GROWS[name]) for name in searched}
+        )
 
     @property
     def packing_obstacle(self) -> str | None:
@@ -391,9 +401,17 @@ class SweepDefinition(Spec):
 
     @model_validator(mode="after")
     def _packed_is_possible(self) -> SweepDefinition:
-        if self.training.backend == "packed" and self.packing_obstacle:
-            raise ValueError(f"training.backend: must be solo or auto, because {self.packing_obstacle}")
+        if self.packing_obstacle:
+            self.check_may_be_solo(self.packing_obstacle)
         return self
+
+    def check_may_be_solo(self, because: str) -> None:
+        """
+        Raises:
+            ValueError: the definition insists on packed trials, which cannot be.
+        """
+        if self.training.backend == "packed":
+            raise ValueError(f"training.backend: must be solo or auto, because {because}")
 
     def trial_training(self, params: dict[str, Any]) -> TrainingSpec:
         """The training section with one trial's suggested values in it.

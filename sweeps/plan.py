@@ -16,6 +16,7 @@ def plan(
     trained_tokens: int,
     memory: MemoryModel | None = None,
     memory_bytes: float | None = None,
+    obstacle: str | None = None,
 ) -> dict[str, Any]:
     """Steps, rungs and upper bounds, on the step axis that all trials share.
 
@@ -23,6 +24,7 @@ def plan(
         train_examples: in the training split.
         trained_tokens: labelled tokens in one epoch of it.
         memory: of a packed engine, where it could be measured, and the bytes that the engine may use.
+        obstacle: why trials cannot share this base, where an engine has found that out.
     """
     from trainables.contract import steps_per_epoch
 
@@ -33,7 +35,7 @@ def plan(
     rungs = _rungs(grace, longest, scheduler.reduction_factor) if definition.stops_early else []
     return {
         "trials": search.num_samples,
-        **_backend(definition),
+        **_backend(definition, obstacle),
         **(_memory(definition, memory, memory_bytes) if memory and memory_bytes else {}),
         "train_examples": train_examples,
         "steps_per_epoch": an_epoch,
@@ -45,10 +47,10 @@ def plan(
     }
 
 
-def _backend(definition: SweepDefinition) -> dict[str, Any]:
+def _backend(definition: SweepDefinition, obstacle: str | None) -> dict[str, Any]:
     """Who trains, on what, and where trials could have shared a base but do not, why."""
     resources = definition.resources
-    if definition.packs:
+    if definition.packs and not obstacle:
         return {
             "backend": "packed",
             "engines": resources.engines,
@@ -56,7 +58,7 @@ def _backend(definition: SweepDefinition) -> dict[str, Any]:
             "resources_per_engine": resources.engine_as_ray(),
         }
     asked = definition.training.backend == "solo"
-    reason = {} if asked else {"solo_because": definition.packing_obstacle}
+    reason = {} if asked else {"solo_because": obstacle or definition.packing_obstacle}
     return {"backend": "solo", "resources_per_trial": resources.as_ray()} | reason
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,14 @@ def tiny(world: Path) -> BaseModelSpec:
     from trainables.spec import BaseModelSpec
 
     return BaseModelSpec(model_name_or_path=str(world / "bases" / "tiny"))
+
+
+def another_base(tiny: BaseModelSpec, target: Path, **config: Any) -> BaseModelSpec:
+    """The tiny base's weights under another config, at ``target``."""
+    shutil.copytree(tiny.model_name_or_path, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return tiny.model_copy(update={"model_name_or_path": str(target)})
 
 
 def prepared(world: Path, home: Path, *more: str, **data: Any) -> Snapshot:

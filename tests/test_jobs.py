@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, winnow
+from conftest import ROOT, another_base, winnow
 
 from cluster import files, session
 
@@ -51,14 +51,17 @@ def in_working_dir(definition) -> Iterator:
         path.unlink()
 
 
-def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_working_dir, all_formats) -> None:
-    """And both backends one by several objectives, over data of every format."""
+def test_both_ways_to_submit_do_the_whole_search(
+    dashboard: str, home: Path, tiny, in_working_dir, all_formats, tmp_path: Path
+) -> None:
+    """And both backends one by several objectives, over data of every format; one base cannot be shared."""
+    base = another_base(tiny, tmp_path / "base", attention_dropout=0.1)
     rejected = in_working_dir(
         "rejected",
+        base_model={"model_name_or_path": base.model_name_or_path},
         data={"sources": all_formats},
         gate={"min_score": 1.0},
         search={"num_samples": 1, "objectives": ["json_validity", "trained_tokens"], "objective_prompts": 10},
-        training={"backend": "solo"},
         tracking={"enabled": False},
         evaluation={"few_shot": 0},
     )
@@ -77,6 +80,7 @@ def test_both_ways_to_submit_do_the_whole_search(dashboard: str, home: Path, in_
     (trial,) = result["trials"]
     assert trial["objectives"] == {"json_validity": 0.0, "trained_tokens": trial["trained_tokens"]}
     assert "by json_validity, trained_tokens; no trial is stopped early" in done.stderr, "the log is streamed"
+    assert "search: solo after all, because the base's attention has dropout" in done.stderr
     assert job.returncode == 0, job.stdout + job.stderr
     (accepted,) = (run for run in map(files.read_json, home.glob("runs/*/result.json")) if run["status"] == "accepted")
     for trial in accepted["trials"]:

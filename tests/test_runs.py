@@ -23,7 +23,7 @@ import optuna
 import psutil
 import pytest
 from browser import CHROMIUM, look_at
-from conftest import ROOT, home_of, winnow
+from conftest import ROOT, another_base, home_of, winnow
 from optuna.trial import TrialState
 
 from cluster import files, paths, session
@@ -343,11 +343,29 @@ def test_plan_counts_before_anything_runs_and_shows_when_memory_limits_the_slots
     assert planned["slots_that_fit"] > 2
     assert planned["most_tokens_a_step"] > 0
 
-    needed = planned["base_bytes"] + 1.5 * (planned["engine_bytes"] - planned["base_bytes"])
-    short = definition(resources={"memory_gib_per_engine": needed / 2**30}, search={"max_concurrent_trials": 8})
+    needed = round(planned["base_bytes"] + 1.5 * (planned["engine_bytes"] - planned["base_bytes"]))
+    answering = needed + 2 * planned["base_bytes"]  # a base of its own to answer with, and as much for its answers
+    search = {"max_concurrent_trials": 8, "objectives": ["json_validity"]}
+    short = definition(resources={"memory_gib_per_engine": answering / 2**30}, search=search)
     planned = last_json(winnow("sweeps", "plan", write(short), "--json"))
+    assert planned["engine_bytes_limit"] == needed
     assert 1 <= planned["slots_per_engine"] == planned["slots_that_fit"] < 8
     assert planned["engine_bytes"] <= planned["engine_bytes_limit"]
+
+
+def test_a_base_that_packed_trials_would_compute_otherwise_is_trained_solo(
+    home: Path, tiny, definition, write, tmp_path: Path
+) -> None:
+    base = another_base(tiny, tmp_path / "base", attention_dropout=0.1).model_name_or_path
+    planned = winnow("sweeps", "plan", write(definition(base_model={"model_name_or_path": base})), "--json")
+    assert last_json(planned)["backend"] == "solo"
+    assert last_json(planned)["solo_because"] == "the base's attention has dropout"
+    packed = definition(base_model={"model_name_or_path": base}, training={"backend": "packed"})
+    refused = winnow("sweeps", "plan", write(packed))
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "error: training.backend: must be solo or auto, because the base's attention has dropout"
+    )
 
 
 def test_runs_that_do_not_exist(home: Path) -> None:

@@ -97,6 +97,12 @@ def compute_dtype(spec: BaseModelSpec) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory was too small; on a CPU, and in cuBLAS, torch has no class of error for it."""
+    words = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
 def fingerprint(spec: BaseModelSpec) -> str:
     """SHA-256 of a local base's weights, config and tokenizer; a hub id's revision stands for itself."""
     directory = Path(source(spec))
@@ -122,11 +128,12 @@ def _nf4(spec: BaseModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _attention(spec: BaseModelSpec) -> str:
+def _attention(spec: BaseModelSpec) -> str | None:
+    """None leaves the choice to transformers: SDPA, or for a model that has no such attention its own."""
     if spec.attn_implementation != "auto":
         return spec.attn_implementation
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def _first_line(error: Exception) -> str:

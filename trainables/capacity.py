@@ -37,6 +37,11 @@ class MemoryModel:
         """Bytes of one slot's largest pass."""
         return max(self.token * self.batch_tokens, self.eval_token * self.eval_batch_tokens)
 
+    @property
+    def for_answers(self) -> int:
+        """Bytes beside it for an engine that asks its adapters: a base to answer with, and as much for its answers."""
+        return 2 * self.base
+
     def needed(self, slots: int) -> int:
         """Bytes with so many slots."""
         return round(self.base + self.scratch + slots * (self.slot + self.activations))

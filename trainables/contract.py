@@ -80,6 +80,10 @@ class TrialFailure(Exception):
         self.message = message
 
 
+class CannotPack(ValueError):
+    """A base that packed trials would compute otherwise than its own code does; solo it can be trained."""
+
+
 def seal(checkpoint: Path) -> None:
     """List a checkpoint's files and sizes in it, so that a copy cut short can be told from a whole one."""
     (checkpoint / _SEAL).write_text(json.dumps(_sizes(checkpoint)), encoding="utf-8")

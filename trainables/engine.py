@@ -17,11 +17,17 @@ import torch
 
 from trainables import base, lora
 from trainables.adapters import Adapter, stacking_order
-from trainables.contract import Reason, Report, TrialConfig
+from trainables.contract import CannotPack, Reason, Report, TrialConfig
 from trainables.data.snapshot import Snapshot
 from trainables.packing import ATTENTION, Current, Example, Group, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
-from trainables.spec import BaseModelSpec
+from trainables.spec import BaseModelSpec, TrainingSpec
+
+_CHECKED = 64
+"""Tokens of an example by which a base is checked."""
+
+_ALIKE = {torch.float32: 0.001, torch.bfloat16: 0.03, torch.float16: 0.03}
+"""How far, in parts, its loss may then lie from the model's own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Engine:
         data: its train split is what trials learn, its eval split what they are judged by.
         target_modules: the preset that every trial of this engine has.
         capacity: slots at most.
+
+    Raises:
+        CannotPack: the base's own code computes something else than this engine would.
     """
 
     def __init__(
@@ -97,6 +106,8 @@ class Engine:
         self.counters, self.slots, self.stays = Counters(), list[Slot](), list[Stay]()
         self.idle = dict[int, int]()  # steps since a slot became free, by its place
         self.device, self.dtype = base.device(), base.compute_dtype(spec)
+        if self.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans each shape anew, and hardly two passes have the same
         self.at_once = self.device.type == "cuda"  # launches cost more there than a trial's last bits matter
         self.train, self.eval = examples_of(data.rows("train")), examples_of(data.rows("eval"))
         self.lengths = [len(example.input_ids) for example in self.train]
@@ -104,6 +115,7 @@ class Engine:
         self.layers, self.target_modules = lora.targets(self.model, target_modules), target_modules
         self.current = Current()
         self.packed = self._replace_layers()
+        self._check_model()
         self.keeps_dequantised = False
         self.started = time.monotonic()
 
@@ -257,8 +269,10 @@ class Engine:
         """A trial's optimizer step. Apart from ``learn``, which may be tried again: no step is taken twice."""
         try:
             stepped = slot.update(loss, learned)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return [Failed(slot, "oom", str(error).split("\n")[0])]
+        except Exception as error:
+            if self.device.type == "cuda" and not base.out_of_memory(error):
+                torch.cuda.synchronize()  # raises where it is the device that has failed, and not this trial
+            return [_failed(slot, error)]
         if not stepped:
             return [_not_finite(slot, "training loss or gradient")]
         self.counters.adapter_steps += 1
@@ -309,24 +323,41 @@ class Engine:
         waiting = list(slots)
         while waiting:
             group = waiting[: self.together]
-            try:
-                work(group)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                message = str(error).split("\n")[0]
-            else:
+            error = _error_of(work, group)
+            if error is None:
                 waiting = waiting[len(group) :]
                 continue
             self._forget()
+            if not base.out_of_memory(error):
+                yield from self._apart(group, work)
+                waiting = waiting[len(group) :]
+                continue
             if self.keeps_dequantised:
                 self.keep_dequantised(False)
             elif len(group) == 1:
-                yield Failed(group[0], "oom", message)
+                yield _failed(group[0], error)
                 waiting = waiting[1:]
             else:
                 self.together = (len(group) + 1) // 2
                 self.counters.splits += 1
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _apart(self, group: Sequence[Slot], work: Any) -> list[Failed]:
+        """Each trial by itself, after an error that was none of memory: one that has it again has failed.
+
+        Raises:
+            Exception: all of them have, so it is the engine that does not work.
+        """
+        failed = []
+        for slot in group:
+            if error := _error_of(work, [slot]):
+                failed.append(_failed(slot, error))
+                self._forget()
+        if len(failed) < len(group):
+            return failed
+        work(group)
+        return []
 
     def _forget(self) -> None:
         """All that a pass has left that broke off: the next one needs its memory."""
@@ -342,10 +373,51 @@ class Engine:
         model: Any = base.load_model(self.spec)
         self.counters.base_loads += 1
         model.requires_grad_(False)
-        model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
+
+    def _check_model(self) -> None:
+        """Two examples in one pass have to come to what each does by the model's own code, head and attention included:
+        what a model adds there (a cap, a factor, a window) would be left out without a word.
+
+        From here on the model's attention is this engine's.
+        """
+        shortest = sorted(self.train, key=lambda example: len(example.input_ids))[:2]
+        rows = [Example(ids, ids) for ids in (example.input_ids[:_CHECKED] for example in shortest)]
+        config = TrialConfig("check", self.spec, TrainingSpec(), "", 1)
+        adapter = Slot(config, self.layers, self.lengths, self.device, self.dtype).adapter(None)
+        with torch.no_grad():
+            own = [self._own_loss(row, adapter) for row in rows]
+            self.model.set_attn_implementation(ATTENTION)
+            try:
+                order, packed = self._pack([(k, adapter, [row]) for k, row in enumerate(rows)])
+                found = torch.stack(self._losses(packed)).tolist()
+            except Exception as error:
+                if base.out_of_memory(error) or isinstance(error, CannotPack):
+                    raise
+                raise CannotPack(f"{self._kind} does not take packed examples: {error}") from error
+        for k, loss in zip(order, found, strict=True):
+            tokens = len(rows[k].labels) - 1
+            if not abs(loss - own[k]) <= _ALIKE[self.dtype] * max(own[k], 0.1 * tokens):
+                raise CannotPack(
+                    f"{self._kind} adds something to its attention or its head: {tokens} tokens have a loss of "
+                    f"{own[k]:.4f} by its own code, and {loss:.4f} packed"
+                )
+        self.current.pack, self.counters.passes = None, 0
+        for layer in self.packed:
+            layer.dequantisations = 0
+
+    @property
+    def _kind(self) -> str:
+        return f"the base (model_type {self.model.config.model_type})"
+
+    def _own_loss(self, row: Example, adapter: Adapter) -> float:
+        """Summed over all tokens of one example, by the model's own code around the packed layers."""
+        self.current.pack = pack([(adapter, [row])], self.device)
+        ids = row.input_ids.to(self.device)
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum"))
 
     def _replace_layers(self) -> list[PackedLinear]:
         """Put a packed layer in the place of every linear one, the head apart, whether adapters add to it or not."""
@@ -384,6 +456,22 @@ def _charge(slots: Sequence[Slot], weights: Sequence[int], seconds: float) -> No
     """A pass's time to the trials in it, by weight."""
     for slot, weight in zip(slots, weights, strict=True):
         slot.progress.device_seconds += seconds * weight / sum(weights)
+
+
+def _error_of(work: Any, group: Sequence[Slot]) -> Exception | None:
+    """What ``work`` raises, if it does, without its traceback: that would keep all that it had computed."""
+    try:
+        work(group)
+    except Exception as error:
+        return error.with_traceback(None)
+    return None
+
+
+def _failed(slot: Slot, error: Exception) -> Failed:
+    first = (str(error).strip().split("\n") or [""])[0]
+    if base.out_of_memory(error):
+        return Failed(slot, "oom", first)
+    return Failed(slot, "error", f"{type(error).__name__}: {first}")
 
 
 def _not_finite(slot: Slot, what: str) -> Failed:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from cluster import files
+from cluster import files, session
 from trainables import placement
-from trainables.contract import Measurement, Report, ReportFunction, TrialConfig, TrialFailure
+from trainables.contract import CannotPack, Measurement, Report, ReportFunction, TrialConfig, TrialFailure
 from trainables.outboxes import END, Message, Outboxes
 from trainables.placement import Bucket, Move, Occupancy
 from trainables.spec import BaseModelSpec, TrainingSpec
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 _ANSWER_S = 5.0
 """For which Tune's own loop waits for an engine."""
+_ACCOUNT_S = 30.0
+"""For which a sweep's end waits for an engine that Ray may be starting again."""
 _FIRST_S = 3.0
 """For which an engine's first trial waits for others: in step, they come to a rung together and are judged together."""
 
@@ -61,6 +63,7 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     """Start ``count`` engines and wait until each has its base and knows how many trials it holds.
 
     Raises:
+        CannotPack: the base is none that engines can share.
         RuntimeError: an engine could not load its base.
     """
     make: Any = ray.remote(  # type: ignore[call-overload]
@@ -72,11 +75,23 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     )
     engines = [make(EngineHost).remote(config) for _ in range(count)]
     try:
-        ray.get([engine.capacity.remote() for engine in engines])
+        obstacles = ray.get([engine.obstacle.remote() for engine in engines])
     except RayActorError as error:
         stop(engines)
         raise RuntimeError(f"an engine did not start: {str(error).strip().splitlines()[-1]}") from error
+    if found := next(filter(None, obstacles), None):
+        stop(engines)
+        raise CannotPack(found)
     return engines
+
+
+def accounts(engines: Sequence[ray.actor.ActorHandle]) -> list[dict[str, Any]]:
+    """``EngineHost.account`` of each engine; of one that is gone there is none."""
+    told, references = list[dict[str, Any]](), list[ray.ObjectRef](engine.account.remote() for engine in engines)
+    for reference in references:
+        with suppress(RayError):
+            told.append(ray.get(reference, timeout=_ACCOUNT_S))
+    return told
 
 
 def evict(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> list[ray.ObjectRef]:
@@ -120,21 +135,31 @@ class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
     def __init__(self, config: EngineConfig) -> None:
-        from trainables import probe
+        session.hide_other_gpus()
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # hardly two passes have one size
         from trainables.data import snapshot
         from trainables.engine import Engine
 
         training = config.training
-        self.engine = Engine(
-            config.base_model,
-            snapshot.load(Path(config.dataset)),
-            training.target_modules,
-            config.capacity,
-            training.gradient_checkpointing,
-        )
+        self._obstacle: str | None = None
+        try:
+            self.engine = Engine(
+                config.base_model,
+                snapshot.load(Path(config.dataset)),
+                training.target_modules,
+                config.capacity,
+                training.gradient_checkpointing,
+            )
+            self._start(config)
+        except CannotPack as error:  # told, where an exception would have Ray start this again
+            self._obstacle = str(error)
+
+    def _start(self, config: EngineConfig) -> None:
+        from trainables import probe
+
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self.memory_bytes = config.memory_bytes or probe.device_memory(self.engine.device, cpus)
-        self.memory = self._probe(training, config.largest, config.measurement is not None)
+        self.memory = self._probe(config.training, config.largest, config.measurement is not None)
         self.examiner = self._examiner(config)
         self.changed = threading.Condition()
         self.outboxes = Outboxes()
@@ -152,28 +177,31 @@ class EngineHost:
     def _probe(self, training: TrainingSpec, largest: TrainingSpec, measures: bool) -> MemoryModel | None:
         """What a trial costs here, and with that the engine's capacity.
 
-        An engine that measures keeps room for a base of its own to answer with, and as much again for its answers.
         Where not even a probe fits, trials are let in one by one: each then fails as ``oom``, which is its result.
         """
-        import torch
-
-        from trainables import probe
+        from trainables import base, probe
 
         try:
             model = probe.memory(self.engine, largest)
-            self.memory_bytes -= 2 * model.base if measures else 0
+            self.memory_bytes -= model.for_answers if measures else 0
             self.engine.limit(model.slots(self.memory_bytes))
             self.engine.keep_dequantised(model.keeps_dequantised(self.engine.capacity, self.memory_bytes))
             alone = probe.alone(self.engine, training)
             self.engine.counters.alone_tokens, self.engine.counters.alone_s = alone
             return model
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not base.out_of_memory(error):
+                raise
             self.engine.keep_dequantised(False)
             self.engine.limit(1)
             return None
 
+    def obstacle(self) -> str | None:
+        """Why this engine takes no trials, if it does not; answers once the base is loaded."""
+        return self._obstacle
+
     def capacity(self) -> int:
-        """Slots; answers once the base is loaded."""
+        """Slots."""
         return self.engine.capacity
 
     def reserve(self, trial_id: str, bucket: Bucket, moves: bool = False) -> bool:
@@ -284,7 +312,7 @@ class EngineHost:
             self._deliver(self.engine.advance())
 
     def _admit(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> None:
-        import torch
+        from trainables import base
 
         with _scratch(config.trial_id) as scratch:
             if checkpoint is not None:
@@ -295,7 +323,7 @@ class EngineHost:
                     self.engine.evict(config.trial_id, "ended")
                     self._tell(config.trial_id, END)
             except Exception as error:  # one trial's checkpoint or settings must not end its neighbours
-                reason = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
+                reason = "oom" if base.out_of_memory(error) else "error"
                 self._tell(config.trial_id, ("failed", reason, f"{type(error).__name__}: {error}"))
 
     def _hand_over(self, slot: Any, place: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trainables import base, metrics, scoring
 from trainables.data import snapshot
@@ -41,8 +42,12 @@ class Parity:
 
 def merge(spec: BaseModelSpec, adapter: str, target: str) -> None:
     """Write the merged model, bfloat16 safetensors, and its tokenizer to the directory ``target``."""
-    model: Any = base.with_adapter(base.load_model(spec, quantized=False).float(), adapter)
-    merged = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
+    model: Any = base.with_adapter(base.load_model(spec, quantized=False), adapter)
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        layer.get_base_layer().float()  # added up in 32 bits, a layer at a time: a whole base of 32 would not fit
+        layer.merge(safe_merge=True)
+        layer.get_base_layer().to(torch.bfloat16)
+    merged = model.unload().to(torch.bfloat16)
     merged.config.dtype = torch.bfloat16
     merged.save_pretrained(target, safe_serialization=True)
     base.load_tokenizer(spec).save_pretrained(target)

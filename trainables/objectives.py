@@ -7,8 +7,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainables import base, metrics, scoring
 from trainables.answers import kind_of
 from trainables.contract import Measurement, TrialFailure
@@ -41,7 +39,9 @@ class Examiner:
             try:
                 generate = with_transformers(model, tokenizer, self.wanted.evaluation)
                 answers = scoring.answer(generate, tokenizer, self._rows())
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except Exception as error:
+                if not base.out_of_memory(error):
+                    raise
                 raise TrialFailure("oom", f"while answering: {str(error).splitlines()[0]}") from None
             finally:
                 self.base = model.unload()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
+from trainables import base
 from trainables.contract import ReportFunction, TrialConfig, TrialFailure
 from trainables.data import snapshot
 from trainables.engine import Engine, Failed
@@ -28,7 +27,9 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
         )
         if engine.admit(config, resume_from).ended:  # its last report was all that was left to make
             return
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not base.out_of_memory(error):
+            raise
         raise TrialFailure("oom", str(error).split("\n")[0]) from None
     while engine.slots:
         for event in engine.advance():

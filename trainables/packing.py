@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainables.adapters import Adapter, Stack, alike, stacked
+from trainables.contract import CannotPack
 
 ATTENTION = "winnow_packed"
 """The name under which transformers knows ``attend``."""
@@ -121,17 +122,29 @@ def attend(
     attention_mask: None,  # noqa: ARG001
     scaling: float | None = None,
     pack: Pack | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each example; padding comes last in a row, so no token ever sees it.
 
     Args:
         query: [1, H, N, D]; ``key`` and ``value`` may have fewer heads.
+        dropout: of attention itself; has to be none.
+        sliding_window: tokens that one sees; has to be all of an example.
 
     Returns:
         [1, N, H, D]
+
+    Raises:
+        CannotPack: the model asks for what this does not do.
     """
     assert pack is not None
+    if asked := ["dropout"] * bool(dropout) + [name for name in _NOT_DONE if more.get(name) is not None]:
+        raise CannotPack(f"the base's attention has {' and '.join(asked)}")
+    widest = max(width for _, width in pack.rectangles)
+    if sliding_window is not None and sliding_window < widest:
+        raise CannotPack(f"the base's attention sees {sliding_window} tokens back, and an example has {widest}")
     places = [rows * width for rows, width in pack.rectangles]
     padded = (_Padded.apply(tensor[0], pack).split(places, 1) for tensor in (query, key, value))
     grouped, found = query.shape[1] != key.shape[1], []
@@ -141,6 +154,10 @@ def attend(
         found.append(seen.transpose(1, 2).flatten(0, 1))
     whole = torch.cat(found) if len(found) > 1 else found[0]
     return _Unpadded.apply(whole, pack).unsqueeze(0), None
+
+
+_NOT_DONE = ("softcap", "s_aux", "position_bias")
+"""What some of transformers' models hand to their attention."""
 
 
 class _Padded(torch.autograd.Function):

@@ -35,7 +35,8 @@ _EPOCHS = 3
 def device_memory(device: torch.device, cpus: float) -> float:
     """Bytes for an engine: of a GPU, or of the machine's memory the part that goes with the engine's cores."""
     if device.type == "cuda":
-        return _SHARE * torch.cuda.mem_get_info(device)[1]
+        free, total = torch.cuda.mem_get_info(device)
+        return min(_SHARE * total, free + torch.cuda.memory_reserved(device))  # others may be on it
     return _SHARE * session.memory_of_cores(cpus)
 
 
@@ -60,8 +61,9 @@ def memory(engine: Engine, largest: TrainingSpec) -> MemoryModel:
 
     Raises:
         torch.OutOfMemoryError: not even one example of one trial fits.
+        CannotPack: the longest example is wider than the base's attention looks.
     """
-    longest = max(engine.lengths)
+    longest = max(len(example.input_ids) for example in [*engine.train, *engine.eval])
     sizes = (max(2, longest // 2), max(4, longest))
     batch_tokens, eval_batch_tokens = _largest_batch(engine.lengths, largest), _largest_eval_batch(engine, largest)
     with _untouched(engine):
@@ -90,16 +92,21 @@ def memory(engine: Engine, largest: TrainingSpec) -> MemoryModel:
 
 
 def measured(
-    spec: BaseModelSpec, data: Snapshot, largest: TrainingSpec, memory_gib: float | None, cpus: float
+    spec: BaseModelSpec, data: Snapshot, largest: TrainingSpec, memory_gib: float | None, cpus: float, answers: bool
 ) -> tuple[MemoryModel, float]:
     """An engine's memory model and the bytes that it may use, from an engine made for that alone on this machine.
 
     Args:
         memory_gib: that the definition allows; None for what the device has.
+        answers: whether the engine is to answer with its adapters, too.
+
+    Raises:
+        CannotPack: the base is none that engines can share.
     """
     engine = Engine(spec, data, largest.target_modules, 1, largest.gradient_checkpointing)
     limit = memory_gib * 2**30 if memory_gib else device_memory(engine.device, cpus)
-    return memory(engine, largest), limit
+    model = memory(engine, largest)
+    return model, limit - (model.for_answers if answers else 0)
 
 
 @contextmanager

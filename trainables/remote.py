@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from cluster import session
+
 
 def submit(
     function: Callable[..., Any], resources: dict[str, float], *args: Any, leaves_nothing: bool = False
@@ -16,8 +18,7 @@ def submit(
 
     Args:
         leaves_nothing: the next task may have its process, and what that has imported. Otherwise the process ends with
-            it, and so it does on a cluster with GPUs: that is how memory there is freed, and a task that asks for none
-            finds those of its node all the same.
+            it, and so it does on a cluster with GPUs: that is how memory there is freed.
     """
     options: dict[str, Any] = {"num_cpus": resources.get("CPU", 1), "num_gpus": resources.get("GPU", 0)}
     stays = leaves_nothing and not ray.cluster_resources().get("GPU")
@@ -27,6 +28,7 @@ def submit(
 
 def _and_let_go(function: Callable[..., Any], *args: Any) -> Any:
     """A 4-bit layer and its weight hold each other: a process that waits would keep the whole model."""
+    session.hide_other_gpus()
     try:
         return function(*args)
     finally:

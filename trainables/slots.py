@@ -248,7 +248,11 @@ def examples_of(rows: Sequence[dict[str, Any]]) -> list[Example]:
 
 
 def _optimizer(vector: torch.Tensor, training: TrainingSpec) -> Any:
-    """transformers' optimizers by its names and with its defaults, over one parameter."""
+    """transformers' optimizers by its names and with its defaults, over one parameter.
+
+    What is ``paged`` is not: bitsandbytes never gives such memory back, so each trial would leave some, and an engine's
+    memory model counts the moments anyway.
+    """
     common: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (0.9, 0.999),
@@ -260,7 +264,7 @@ def _optimizer(vector: torch.Tensor, training: TrainingSpec) -> Any:
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if training.optim.endswith("8bit") else bitsandbytes.optim.AdamW32bit
-    return kind([vector], is_paged=training.optim.startswith("paged"), **common)
+    return kind([vector], **common)
 
 
 def _schedule(training: TrainingSpec, total_steps: int) -> Any:

@@ -52,7 +52,9 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
     """
     try:
         _Trial(config, workdir, resume_from, report).run()
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not base.out_of_memory(error):
+            raise
         raise TrialFailure("oom", str(error).split("\n")[0]) from None
 
 

@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from cluster import files, paths
+from cluster.command import say
 from sweeps.definition import SweepDefinition
 from sweeps.search import study as studies
 from sweeps.search.ledger import Ledger
@@ -25,7 +26,7 @@ from sweeps.search.table import LiveTable
 from sweeps.search.tracking import tracked
 from sweeps.search.trainable import train_trial
 from trainables import host
-from trainables.contract import ADAPTER, REPORT, is_whole, steps_per_epoch
+from trainables.contract import ADAPTER, REPORT, CannotPack, is_whole, steps_per_epoch
 from trainables.data.snapshot import Snapshot
 
 # Tune's own checks and prints stand down: WatchedASHA judges reports, LiveTable speaks to people.
@@ -73,7 +74,11 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
 
 @contextmanager
 def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterator[list[Any]]:
-    """The engines of a packed sweep while it runs, none of a solo one; what they did goes to the run."""
+    """The engines of a packed sweep while it runs, none of a solo one; what they did goes to the run.
+
+    Raises:
+        ValueError: the definition insists on packed trials, and the base is none that they can share.
+    """
     if not definition.packs:
         yield []
         return
@@ -88,14 +93,22 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
         gib and gib * 2**30,
         definition.measurement,
     )
-    engines = host.start(resources.engines, resources.engine_as_ray(), config)
+    try:
+        engines = host.start(resources.engines, resources.engine_as_ray(), config)
+    except CannotPack as obstacle:
+        definition.check_may_be_solo(str(obstacle))
+        say(f"search: solo after all, because {obstacle}")
+        yield []
+        return
     try:
         yield engines
-        file = paths.engines_file(run_id)
-        earlier = files.read_json(file) if file.exists() else []
-        files.write_json(file, earlier + ray.get([engine.account.remote() for engine in engines]))
     finally:
-        host.stop(engines)
+        try:
+            file = paths.engines_file(run_id)
+            earlier = files.read_json(file) if file.exists() else []
+            files.write_json(file, earlier + host.accounts(engines))
+        finally:
+            host.stop(engines)
 
 
 def savings(run_id: str) -> str | None:
@@ -149,7 +162,7 @@ def _tuner(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=searcher.remaining,
-            max_concurrent_trials=slots + _SPARE if slots else definition.search.max_concurrent_trials,
+            max_concurrent_trials=_at_once(definition.search.max_concurrent_trials, slots),
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -164,6 +177,16 @@ def _tuner(
             verbose=0,
         ),
     )
+
+
+def _at_once(wanted: int | None, slots: int | None) -> int | None:
+    """Trials that Tune may have started; ``slots`` is None where they are solo.
+
+    Engines have equally many slots, so all of them may be more than are wanted; then none waits for one.
+    """
+    if slots is None:
+        return wanted
+    return slots + _SPARE if wanted is None or slots <= wanted else wanted
 
 
 class _Slots(tune.Callback):

@@ -13,7 +13,7 @@ from typing import Any
 from ray import tune
 from ray.tune import Checkpoint
 
-from cluster import files
+from cluster import files, session
 from sweeps.definition import SweepDefinition
 from trainables import host
 from trainables.contract import ADAPTER, REPORT, Report, TrialConfig, TrialFailure
@@ -36,6 +36,7 @@ def train_trial(
         resume_from: by trial id, the checkpoint of a trial that an interrupted run left unfinished.
         engines: where packed trials find a slot; none for solo ones.
     """
+    session.hide_other_gpus()
     run_trial = partial(host.run_trial, engines) if engines else _solo()
     measure = _measure(definition, dataset, engines)
     params = {name: value for name, value in config.items() if name != "trial_id"}

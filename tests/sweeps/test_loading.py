@@ -174,3 +174,15 @@ def test_auto_packs_where_nothing_is_in_the_way(sections, obstacle, definition) 
     assert (loaded.packing_obstacle or "").startswith(obstacle or "")
     alone = loading.parse(definition(**sections | {"training": {"backend": "solo"}}), "test")
     assert not alone.packs
+
+
+def test_memory_is_planned_for_the_hungriest_of_all_that_is_searched(definition) -> None:
+    space = {
+        "r": {"low": 4, "high": 64},
+        "optim": {"choices": ["adamw_torch", "paged_adamw_8bit"]},
+        "train_sampling_strategy": {"choices": ["group_by_length", "random"]},
+    }
+    training = {"optim": "adamw_8bit"}
+    loaded = loading.parse(definition(search={"space": space, "points_to_evaluate": []}, training=training), "test")
+    largest = loaded.largest_training
+    assert (largest.r, largest.optim, largest.train_sampling_strategy) == (64, "adamw_torch", "group_by_length")

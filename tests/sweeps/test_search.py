@@ -218,3 +218,11 @@ def test_what_wandb_does_not_take_is_said_and_is_not_the_sweeps_failure(search, 
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("W&B: not all of the trials' runs were written: ")
     assert "k" * 40 not in last
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slots", "started"), [(None, 8, 9), (4, 4, 5), (3, 4, 3), (8, 5, 6), (2, None, 2), (None, None, None)]
+)
+def test_no_more_trials_train_at_once_than_are_wanted(wanted, slots, started) -> None:
+    """One more than there are slots is started, to wait for the next free one."""
+    assert runner._at_once(wanted, slots) == started

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import prepared
+from conftest import another_base, prepared
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trainables import probe, solo
-from trainables.contract import Report, TrialConfig
+from trainables.contract import CannotPack, Report, TrialConfig
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine, Evaluated, Failed
 from trainables.spec import BaseModelSpec, TrainingSpec
@@ -90,6 +92,15 @@ def test_neighbours_that_join_leave_fail_and_are_pruned_change_no_bit(spec, data
     assert all(torch.equal(after["moments"][name], before["moments"][name]) for name in ("exp_avg", "exp_avg_sq"))
 
 
+def test_a_gradient_that_is_no_number_changes_nothing(spec, data, trial) -> None:
+    slot = Engine(spec, data, capacity=1).admit(trial())
+    before = slot.vector.clone()
+    slot.vector.grad[0] = math.inf
+    assert not slot.update(1.0, tokens=1)
+    assert torch.equal(slot.vector, before)
+    assert slot.progress.step == 0
+
+
 def test_a_reused_slot_starts_clean(spec, data, trial, alone) -> None:
     expected, before = alone()
     engine = Engine(spec, data, capacity=1)
@@ -121,6 +132,8 @@ def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp
     curve, after = drive(again)
     assert curve == expected[1:]
     assert torch.equal(after["weights"], before["weights"])
+    third = Engine(spec, data, capacity=1)
+    assert torch.equal(third.admit(trial(**options), tmp_path / "checkpoint").best, events[0].slot.best)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +144,19 @@ def test_a_restored_trial_goes_on_to_the_same_bits(spec, data, trial, alone, tmp
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2},
         {"gradient_checkpointing": True},
         {"target_modules": "attention-qv"},
+        {"optim": "paged_adamw_8bit", "r": 32},
+        {"quantization": "none"},
     ],
-    ids=["plain", "schedule", "accumulation", "checkpointing", "modules"],
+    ids=["plain", "schedule", "accumulation", "checkpointing", "modules", "8bit", "unquantised"],
 )
 def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial, tmp_path: Path) -> None:
     epochs = 1 if set(options) & {"gradient_checkpointing", "target_modules"} else 2
-    config = trial(num_train_epochs=epochs, **options)
+    training, kind = dict(options), {name: options[name] for name in options if name in BaseModelSpec.model_fields}
+    for name in kind:
+        del training[name]
+    spec = spec.model_copy(update=kind)
+    trial = lambda *name, make=trial, **more: replace(make(*name, **more), base_model=spec)  # noqa: E731
+    config = trial(num_train_epochs=epochs, **training)
     reports: list[Report] = []
     solo.run_trial(config, tmp_path, None, lambda report, _: reports.append(report))
     modules = config.training.target_modules
@@ -175,7 +195,16 @@ def test_a_trial_handed_over_between_two_reports_goes_on_to_the_same_bits(
     assert torch.equal(after["weights"], before["weights"])
 
 
-def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(spec, data, trial, alone, monkeypatch) -> None:
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["GPU", "CPU"])
+def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(
+    error, spec, data, trial, alone, monkeypatch
+) -> None:
     expected, before = alone()
     engine = Engine(spec, data, capacity=4)
     for name in ("a", "b", "c"):
@@ -185,7 +214,7 @@ def test_out_of_memory_splits_the_pack_for_good_and_changes_no_trial(spec, data,
 
     def small_device(packed: Any) -> Any:
         if len(packed.next_ids) > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         return real(packed)
 
     monkeypatch.setattr(engine, "_losses", small_device)
@@ -213,22 +242,54 @@ def test_a_trial_that_does_not_fit_alone_fails_as_oom_and_alone(spec, data, tria
     assert after["failed"] == {"huge": "oom"}
 
 
-def test_no_memory_for_an_optimizer_fails_its_trial_and_steps_no_other_twice(
-    spec, data, trial, alone, monkeypatch
+def test_an_error_that_neighbours_do_not_have_is_its_trials_alone(spec, data, trial, alone, monkeypatch) -> None:
+    expected, before = alone()
+    engine = Engine(spec, data, capacity=3)
+    for name, r in (("broken", 64), ("neighbour", 16)):
+        engine.admit(trial(name, r=r))
+    engine.admit(trial())
+    real = engine._losses
+
+    def odd(packed: Any) -> Any:
+        if any(adapter.r == 64 for adapter in packed.adapters):
+            raise IndexError("out of range")
+        return real(packed)
+
+    monkeypatch.setattr(engine, "_losses", odd)
+    curve, after = drive(engine)
+    assert curve == expected
+    assert torch.equal(after["weights"], before["weights"])
+    assert after["failed"] == {"broken": "error"}
+    assert engine.counters.splits == 0
+
+
+def test_an_error_that_all_trials_have_is_the_engines(spec, data, trial, monkeypatch) -> None:
+    engine = Engine(spec, data, capacity=2)
+    engine.admit(trial("a"))
+    engine.admit(trial("b"))
+    monkeypatch.setattr(engine, "_losses", lambda _: [][0])
+    with pytest.raises(IndexError):
+        engine.advance()
+    assert len(engine.slots) == 2
+
+
+@pytest.mark.parametrize(("error", "reason"), [(NO_MEMORY[0], "oom"), (NotImplementedError("here"), "error")])
+def test_an_error_in_an_optimizer_fails_its_trial_and_steps_no_other_twice(
+    error, reason, spec, data, trial, alone, monkeypatch
 ) -> None:
     expected, before = alone()
     engine = Engine(spec, data, capacity=2)
     engine.admit(trial())
     huge = engine.admit(trial("huge"))
 
-    def no_room(*_: object) -> bool:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    def no_step(*_: object) -> bool:
+        raise error
 
-    monkeypatch.setattr(huge, "update", no_room)
+    monkeypatch.setattr(huge, "update", no_step)
     curve, after = drive(engine)
     assert curve == expected
     assert torch.equal(after["weights"], before["weights"])
-    assert after["failed"] == {"huge": "oom"}
+    assert after["failed"] == {"huge": reason}
 
 
 def test_a_probe_of_the_cost_alone_leaves_no_trace(spec, data, trial, alone) -> None:
@@ -322,6 +383,60 @@ def test_a_slot_is_idle_while_a_trial_is_still_to_come_to_it(spec, data, trial) 
     engine.admit(trial("third"))
     assert engine.counters.idle_slot_steps == 4
     assert (engine.counters.slot_steps, engine.counters.adapter_steps) == (8, 4)
+
+
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_multiplier": 32**-0.5}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+@pytest.mark.parametrize("config", [GRANITE, MISTRAL | {"sliding_window": 4096}], ids=["Granite", "Mistral"])
+def test_a_base_of_another_architecture_learns(config, spec, data, tmp_path: Path) -> None:
+    engine = Engine(another_base(spec, tmp_path / "base", **config), data, capacity=1)
+    training = TrainingSpec(learning_rate=5e-3, per_device_train_batch_size=8)
+    engine.admit(TrialConfig("watched", engine.spec, training, "", 8))
+    curve, _ = drive(engine)
+    assert curve[-1][1] < curve[0][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "obstacle"),
+    [
+        (GRANITE | {"logits_scaling": 8.0}, r"\(model_type granite\) adds something to its attention or its head"),
+        (MISTRAL | {"sliding_window": 4}, r"attention sees 4 tokens back, and an example has \d+"),
+        ({"attention_dropout": 0.1}, "attention has dropout"),
+    ],
+    ids=["head", "window", "dropout"],
+)
+def test_a_base_that_packed_trials_would_compute_otherwise_is_refused(
+    config, obstacle, spec, data, trial, tmp_path: Path
+) -> None:
+    other = another_base(spec, tmp_path / "base", **config)
+    with pytest.raises(CannotPack, match=obstacle):
+        probe.memory(Engine(other, data, capacity=1), trial().training)
+
+
+def test_attention_with_a_cap_is_refused(data, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=2048, num_key_value_heads=1, head_dim=32, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(CannotPack, match="attention has softcap"):
+        Engine(BaseModelSpec(model_name_or_path=str(tmp_path / "gemma2")), data, capacity=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_on_a_gpu_a_trial_is_the_same_but_for_rounding_whoever_shares_its_base(
+    dropout, spec, data, trial, alone
+) -> None:
+    expected, _ = alone(lora_dropout=dropout)
+    engine = Engine(spec, data, capacity=4)
+    for seed, r in enumerate((8, 8, 24)):  # two to share its calls, and one of another rank
+        engine.admit(trial(f"neighbour-{seed}", r=r, seed=seed, lora_dropout=dropout))
+    engine.admit(trial(lora_dropout=dropout))
+    curve, _ = drive(engine)
+    assert [step for step, _ in curve] == [step for step, _ in expected]
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=0.02)
 
 
 def test_memory_limits_the_slots(spec, data, trial) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import ray
 import torch
+from conftest import another_base
 
 from cluster import session
 from trainables import host, packed, placement
 from trainables.capacity import MemoryModel
-from trainables.contract import Report, TrialConfig, TrialFailure
+from trainables.contract import CannotPack, Report, TrialConfig, TrialFailure
 from trainables.data.snapshot import Snapshot
 from trainables.host import EngineConfig
 from trainables.placement import Move, Occupancy
@@ -96,10 +97,6 @@ def alone(config: TrialConfig, workdir: Path) -> list[tuple[int, float]]:
     return curve(reports)
 
 
-def accounts(engines: list[Any]) -> list[dict[str, Any]]:
-    return ray.get([engine.account.remote() for engine in engines])  # type: ignore[return-value]
-
-
 def eventually(holds: Callable[[], bool], otherwise: str) -> None:
     """Waits: an engine's threads take calls in any order, so one that nobody waits for may come after the next."""
     deadline = time.monotonic() + 120
@@ -119,7 +116,7 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     for config, (future, reports) in zip(configs, running, strict=True):
         future.result(timeout=120)
         assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
-    found = accounts(both)
+    found = host.accounts(both)
     assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
     assert all(account["counters"]["base_loads"] == 1 for account in found)
     assert all(account["counters"]["alone_s"] > 0 for account in found)
@@ -173,7 +170,7 @@ def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, e
         host.even_out(both, "b", goes_on=False)
     for future, _ in running:
         future.result(timeout=240)
-    found = accounts(both)
+    found = host.accounts(both)
     first, second = ({stay["trial_id"]: stay["ending"] for stay in account["stays"]} for account in found)
     assert first == {"a": "ended", "c": "moved"}
     assert second == {"b": "evicted", "c": "ended"}
@@ -189,7 +186,7 @@ def test_a_slot_that_was_kept_in_vain_or_lost_costs_nothing(
     config = trial("kept", num_train_epochs=12)
     future, reports = submit(both, config)
     wait_for(reports, 1)
-    held = [{stay["trial_id"] for stay in account["stays"]} for account in accounts(both)]
+    held = [{stay["trial_id"] for stay in account["stays"]} for account in host.accounts(both)]
     here = next(place for place, trials in enumerate(held) if "kept" in trials)
     there = 1 - here
     assert ray.get(both[here].reserve.remote("ends", placement.bucket(config.training)))
@@ -249,6 +246,20 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
     again, more = submit(one, config, tmp_path / "watched" / "handed-out")
     again.result(timeout=60)
     assert more == [], "its last report was all that was left to make"
+
+
+def test_what_engines_did_is_known_though_one_of_them_is_gone(engines) -> None:
+    two = engines(2, capacity=1)
+    ray.kill(two[0])
+    (account,) = host.accounts(two)
+    assert account["counters"]["base_loads"] == 1
+
+
+def test_an_engine_whose_base_cannot_be_shared_says_so(trial, tmp_path: Path) -> None:
+    config = trial("any")
+    other = replace(config, base_model=another_base(config.base_model, tmp_path / "base", attention_dropout=0.1))
+    with pytest.raises(CannotPack, match="attention has dropout"):
+        host.start(1, {"CPU": 1}, as_engine(other, capacity=1))
 
 
 def test_an_engine_that_cannot_start_is_one_clear_error(trial, tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def test_a_process_ends_with_its_task_unless_that_leaves_nothing() -> None:
     assert not ends(ran_in(leaves_nothing=True), within_s=0.5)
 
 
+def test_a_task_without_a_gpu_finds_none_of_its_nodes() -> None:
+    assert remote.wait(remote.submit(os.getenv, {"CPU": 1}, "CUDA_VISIBLE_DEVICES")) == [""]
+
+
 def test_where_there_are_gpus_it_ends_even_so(monkeypatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     assert ends(ran_in(leaves_nothing=True), within_s=30)
