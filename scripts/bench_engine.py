@@ -195,10 +195,12 @@ class _Packed:
         self.asked: tuple[int, int] = (0, 0)
 
     def step(self, share: int, tokens: int, steps: int) -> None:
+        from trainables.engine import Failed
+
         if self.asked != (share, tokens):
             self._fill(share, tokens)
         for _ in range(steps):
-            if failed := [event for event in self.engine.advance() if hasattr(event, "reason")]:
+            if failed := [event for event in self.engine.advance() if isinstance(event, Failed)]:
                 raise RuntimeError(f"{len(failed)} of {share} trials failed: {failed[0].message}")
         if self.engine.counters.splits:
             raise RuntimeError(f"{share} trials of {tokens} tokens do not fit at once")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cluster import paths
+from trainables.contract import TrialFailure
 from trainables.spec import BaseModelSpec
 
 if TYPE_CHECKING:
@@ -101,6 +104,20 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory was too small; on a CPU, and in cuBLAS, torch has no class of error for it."""
     words = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def oom_is_a_result(doing: str = "") -> Iterator[None]:
+    """
+    Raises:
+        TrialFailure: the block ran out of memory, ``doing`` what.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise TrialFailure("oom", doing + str(error).split("\n")[0]) from None
 
 
 def fingerprint(spec: BaseModelSpec) -> str:

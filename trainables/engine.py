@@ -319,17 +319,16 @@ class Engine:
 
         What is kept for speed alone goes first.
         A batch is never cut, so a trial takes the same steps in a smaller group; one that does not fit alone fails.
+        After any other error each trial is tried by itself.
         """
         waiting = list(slots)
         while waiting:
             group = waiting[: self.together]
             error = _error_of(work, group)
-            if error is None:
-                waiting = waiting[len(group) :]
-                continue
-            self._forget()
-            if not base.out_of_memory(error):
-                yield from self._apart(group, work)
+            if error:
+                self._forget()
+            if error is None or not base.out_of_memory(error):
+                yield from self._apart(group, work) if error else ()
                 waiting = waiting[len(group) :]
                 continue
             if self.keeps_dequantised:

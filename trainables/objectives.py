@@ -9,7 +9,7 @@ from typing import Any
 
 from trainables import base, metrics, scoring
 from trainables.answers import kind_of
-from trainables.contract import Measurement, TrialFailure
+from trainables.contract import Measurement
 from trainables.data import snapshot
 from trainables.generation import Model, with_transformers
 
@@ -37,12 +37,9 @@ class Examiner:
             self.base, tokenizer = self.base or contestant.load(), contestant.tokenizer()
             model: Any = base.with_adapter(self.base, adapter).eval()
             try:
-                generate = with_transformers(model, tokenizer, self.wanted.evaluation)
-                answers = scoring.answer(generate, tokenizer, self._rows())
-            except Exception as error:
-                if not base.out_of_memory(error):
-                    raise
-                raise TrialFailure("oom", f"while answering: {str(error).splitlines()[0]}") from None
+                with base.oom_is_a_result("while answering: "):
+                    generate = with_transformers(model, tokenizer, self.wanted.evaluation)
+                    answers = scoring.answer(generate, tokenizer, self._rows())
             finally:
                 self.base = model.unload()
         kind = kind_of([one.expected for one in answers])

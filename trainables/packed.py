@@ -17,7 +17,7 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
         TrialFailure: out of memory, or a loss that is no finite number.
     """
     training = config.training
-    try:
+    with base.oom_is_a_result():
         engine = Engine(
             config.base_model,
             snapshot.load(Path(config.dataset)),
@@ -27,10 +27,6 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
         )
         if engine.admit(config, resume_from).ended:  # its last report was all that was left to make
             return
-    except Exception as error:
-        if not base.out_of_memory(error):
-            raise
-        raise TrialFailure("oom", str(error).split("\n")[0]) from None
     while engine.slots:
         for event in engine.advance():
             if isinstance(event, Failed):

@@ -21,6 +21,8 @@ from trainables.contract import CannotPack
 
 ATTENTION = "winnow_packed"
 """The name under which transformers knows ``attend``."""
+_NOT_DONE = ("softcap", "s_aux", "position_bias")
+"""What some of transformers' models hand to their attention, and ``attend`` does not do."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,6 @@ def attend(
         found.append(seen.transpose(1, 2).flatten(0, 1))
     whole = torch.cat(found) if len(found) > 1 else found[0]
     return _Unpadded.apply(whole, pack).unsqueeze(0), None
-
-
-_NOT_DONE = ("softcap", "s_aux", "position_bias")
-"""What some of transformers' models hand to their attention."""
 
 
 class _Padded(torch.autograd.Function):

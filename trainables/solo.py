@@ -50,12 +50,8 @@ def run_trial(config: TrialConfig, workdir: Path, resume_from: Path | None, repo
     Raises:
         TrialFailure: out of memory, or a loss that is no finite number.
     """
-    try:
+    with base.oom_is_a_result():
         _Trial(config, workdir, resume_from, report).run()
-    except Exception as error:
-        if not base.out_of_memory(error):
-            raise
-        raise TrialFailure("oom", str(error).split("\n")[0]) from None
 
 
 class _Trial:

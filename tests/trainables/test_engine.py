@@ -155,13 +155,13 @@ def test_packed_learns_what_trl_and_peft_would(options: dict, spec, data, trial,
     for name in kind:
         del training[name]
     spec = spec.model_copy(update=kind)
-    trial = lambda *name, make=trial, **more: replace(make(*name, **more), base_model=spec)  # noqa: E731
-    config = trial(num_train_epochs=epochs, **training)
+    config = replace(trial(num_train_epochs=epochs, **training), base_model=spec)
     reports: list[Report] = []
     solo.run_trial(config, tmp_path, None, lambda report, _: reports.append(report))
     modules = config.training.target_modules
     engine = Engine(spec, data, modules, capacity=2, gradient_checkpointing="gradient_checkpointing" in options)
-    engine.admit(trial("neighbour", r=16, seed=4, num_train_epochs=2, target_modules=modules))
+    neighbour = trial("neighbour", r=16, seed=4, num_train_epochs=2, target_modules=modules)
+    engine.admit(replace(neighbour, base_model=spec))
     engine.admit(config)
     curve, _ = drive(engine)
     assert len(curve) == len(reports) == 2 * epochs
