@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from trainables.spec import BaseModelSpec, EvaluationSpec, TrainingSpec
 
@@ -44,6 +44,14 @@ class Measurement:
     """Of the eval split, at most."""
 
 
+class Peer(NamedTuple):
+    """Another trial's evaluation out of the same pass of an engine, on the shared step axis."""
+
+    trial_id: str
+    step: int
+    eval_loss: float
+
+
 @dataclass(frozen=True)
 class Report:
     """One evaluation of a running trial.
@@ -62,9 +70,12 @@ class Report:
     seconds: float
     device_seconds: float
     best_eval_loss: float
+    peers: tuple[Peer, ...] = ()
+    """Beside which the trial was evaluated: whoever judges it may judge them together."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the report says of its own trial."""
+        return {name: value for name, value in asdict(self).items() if name != "peers"}
 
 
 ReportFunction = Callable[[Report, Path], None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from trainables import base, lora
 from trainables.adapters import Adapter, stacking_order
-from trainables.contract import CannotPack, Reason, Report, TrialConfig
+from trainables.contract import CannotPack, Peer, Reason, Report, TrialConfig
 from trainables.data.snapshot import Snapshot
 from trainables.packing import ATTENTION, Current, Example, Group, HeadLoss, Pack, PackedLinear, pack
 from trainables.slots import Slot, examples_of
@@ -162,10 +162,7 @@ class Engine:
         self._leave(slot, "moved")
 
     def advance(self) -> list[Evaluated | Failed]:
-        """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots.
-
-        Evaluations come the best first: of those that reach a rung together, ASHA lets the first pass, whatever it is.
-        """
+        """One optimizer step of every trial, then the evaluations that are due; ended trials leave their slots."""
         self.counters.slot_steps += self.capacity
         for place in self._free():
             self.idle[place] = self.idle.get(place, 0) + 1
@@ -177,7 +174,7 @@ class Engine:
         for event in reports:
             if event.slot.ended:
                 self._leave(event.slot, "ended")
-        return [*sorted(reports, key=lambda event: event.report.eval_loss), *failed, *unusable]
+        return [*reports, *failed, *unusable]
 
     def _step(self) -> list[Failed]:
         """One optimizer step of every slot."""
@@ -189,7 +186,7 @@ class Engine:
         return failed
 
     def _judge(self, slots: Sequence[Slot]) -> tuple[list[Evaluated], list[Failed]]:
-        """Evaluations, and the trials that have none to show."""
+        """Evaluations, each with its peers, and the trials that have none to show."""
         found: dict[str, float] = {}
         failed = [*self._together(slots, lambda group: found.update(self.evaluate(group)))]
         reports = []
@@ -201,7 +198,7 @@ class Engine:
                 reports.append(Evaluated(slot, slot.evaluated(loss, len(self.train))))
             else:
                 failed.append(_not_finite(slot, "eval loss"))
-        return reports, failed
+        return _introduced(reports), failed
 
     def evaluate(self, slots: Sequence[Slot]) -> dict[str, float]:
         """Mean negative log likelihood, in nats, of the eval split's learned tokens, by trial."""
@@ -455,6 +452,16 @@ def _charge(slots: Sequence[Slot], weights: Sequence[int], seconds: float) -> No
     """A pass's time to the trials in it, by weight."""
     for slot, weight in zip(slots, weights, strict=True):
         slot.progress.device_seconds += seconds * weight / sum(weights)
+
+
+def _introduced(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
+    """Evaluations of one pass, each with all others as its peers."""
+    peers = [Peer(event.slot.trial_id, event.report.step, event.report.eval_loss) for event in evaluated]
+    others = [tuple(peers[:place] + peers[place + 1 :]) for place in range(len(peers))]
+    return [
+        replace(event, report=replace(event.report, peers=beside))
+        for event, beside in zip(evaluated, others, strict=True)
+    ]
 
 
 def _error_of(work: Any, group: Sequence[Slot]) -> Exception | None:

@@ -1,7 +1,7 @@
 """What an engine tells the trials that train in it: each trial has a queue, and reports go out one at a time.
 
-The next report waits until the scheduler has judged the one before. So the order in which an engine tells them, the
-best first, is the order in which they are judged, whichever trial's process is the faster one.
+The next report waits until the scheduler has judged the one before. So they are judged in the order in which an engine
+tells them, whichever trial's process is the faster one, and a sampler that learns hears of them in that order.
 """
 
 from __future__ import annotations

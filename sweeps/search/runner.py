@@ -61,9 +61,9 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
     searcher = StudySearcher(study, definition.search, ledger, max(1.0, definition.resources.gpus_per_trial))
     if searcher.remaining > 0:
         left = _set_aside(run_id, searcher)
-        searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         scheduler = _scheduler(definition, data, ledger)
-        scheduler.replay(record for record in studies.records(study) if record.state != "RUNNING")
+        scheduler.replay(studies.records(study))
+        searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as engines:
             _tuner(definition, run_id, data, searcher, scheduler, left, engines, tracking).fit()
     records = studies.records(study)

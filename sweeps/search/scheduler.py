@@ -14,12 +14,15 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from sweeps.search.ledger import Ledger, Verdict
 from sweeps.search.study import TrialRecord
+from trainables.contract import Peer
 
 
 class WatchedASHA(AsyncHyperBandScheduler):
-    """Ray's ASHA that writes its verdicts to a ledger and fails a trial whose report cannot be compared.
+    """Ray's ASHA that writes its verdicts to a ledger, compares a report with its peers too, and fails a trial whose
+    report cannot be compared.
 
-    Ray's own goes on for ever with a NaN loss and raises on a missing one.
+    Ray's own knows only what was judged before: of trials that come to a rung at once it lets the first pass whatever
+    it is, and no other if that was the best. It goes on for ever with a NaN loss and raises on a missing one.
 
     Args:
         grace_steps: first rung, in steps of the shared axis, not always whole; 0 turns early stopping off.
@@ -37,15 +40,28 @@ class WatchedASHA(AsyncHyperBandScheduler):
             stop_last_trials=False,
         )
         self.ledger, self.is_on = ledger, grace_steps > 0
+        self._tunes = dict[str, str]()  # Tune's name of a trial, by its own
+
+    @property
+    def _rungs(self) -> list[tuple[float, dict[str, float]]]:
+        """From the highest down, its step and what was reported there, the more the better, by trial."""
+        return self._brackets[0]._rungs  # type: ignore[return-value]
 
     def replay(self, trials: Iterable[TrialRecord]) -> None:
-        """Fill the rungs with what earlier trials of a resumed run reported; Ray keeps no scheduler state."""
-        bracket = self._brackets[0]
+        """Fill the rungs with what was judged before a run was interrupted; Ray keeps no scheduler state."""
         for record in trials:
-            for milestone, recorded in bracket._rungs:
+            for milestone, recorded in self._rungs:
                 passed = [loss for step, loss in record.curve if step >= milestone]
                 if passed:
                     recorded[record.trial_id] = -passed[0]
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        name = trial.config["trial_id"]
+        self._tunes[name] = trial.trial_id
+        for _, recorded in self._rungs:
+            if name in recorded:  # it goes on in a resumed run: at this rung it was judged
+                recorded[trial.trial_id] = recorded.pop(name)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         bad = _unusable(result)
@@ -54,10 +70,25 @@ class WatchedASHA(AsyncHyperBandScheduler):
             return TrialScheduler.STOP
         if not self.is_on:
             return TrialScheduler.CONTINUE
+        self._await(result.get("peers", ()))
+        self._turn_of(trial)
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             self.ledger.write(trial.trial_id, Verdict("PRUNED"))
         return decision
+
+    def _await(self, peers: Iterable[Peer]) -> None:
+        """Put reports on their rungs that may be judged later: under their trials' own names, not yet under Tune's."""
+        for peer in peers:
+            reached = (recorded for milestone, recorded in self._rungs if peer.step >= milestone)
+            highest = next(reached, None)  # a report counts for one rung alone
+            if highest is not None and self._tunes.get(peer.trial_id) not in highest:
+                highest[peer.trial_id] = -peer.eval_loss
+
+    def _turn_of(self, trial: Trial) -> None:
+        """A trial is not compared with itself: what its peers said of it makes room for its own report."""
+        for _, recorded in self._rungs:
+            recorded.pop(trial.config["trial_id"], None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         if not _unusable(result):

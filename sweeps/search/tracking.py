@@ -27,7 +27,7 @@ from sweeps.search.study import TrialRecord
 from trainables.contract import Report
 
 _COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
-_REPORTED = [field.name for field in fields(Report)]
+_REPORTED = [field.name for field in fields(Report) if field.name != "peers"]
 _OF_ONE_RUN = {"WANDB_RUN_ID", "WANDB_SERVICE"}
 """Of W&B's environment: one run's id, and the process that writes the driver's own."""
 

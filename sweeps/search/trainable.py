@@ -80,7 +80,7 @@ class _Reports:
         if self.adapter:
             shutil.rmtree(self.adapter, ignore_errors=True)
             shutil.copytree(checkpoint / ADAPTER, self.adapter)
-        tune.report(self.last, checkpoint=Checkpoint.from_directory(checkpoint))
+        tune.report(self.last | {"peers": report.peers}, checkpoint=Checkpoint.from_directory(checkpoint))
 
 
 def _measure(

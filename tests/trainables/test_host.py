@@ -17,7 +17,7 @@ from conftest import another_base
 from cluster import session
 from trainables import host, packed, placement
 from trainables.capacity import MemoryModel
-from trainables.contract import CannotPack, Report, TrialConfig, TrialFailure
+from trainables.contract import CannotPack, Peer, Report, TrialConfig, TrialFailure
 from trainables.data.snapshot import Snapshot
 from trainables.host import EngineConfig
 from trainables.placement import Move, Occupancy
@@ -120,6 +120,17 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
     assert all(account["counters"]["base_loads"] == 1 for account in found)
     assert all(account["counters"]["alone_s"] > 0 for account in found)
+
+
+def test_evaluations_of_one_pass_know_of_each_other(trial, engines, submit) -> None:
+    one = engines(1, capacity=2)
+    running = [submit(one, trial(name, learning_rate=rate)) for name, rate in (("a", 2e-3), ("b", 1e-3))]
+    for future, _ in running:
+        future.result(timeout=120)
+    (_, a), (_, b) = running
+    assert len(a) > 1
+    assert [report.peers for report in a] == [(Peer("b", report.step, report.eval_loss),) for report in b]
+    assert [report.peers for report in b] == [(Peer("a", report.step, report.eval_loss),) for report in a]
 
 
 def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
