@@ -295,6 +295,40 @@ def test_an_interrupted_sweep_goes_on_and_loses_nothing(how, backend, home: Path
         assert len(new.intermediate_values) == 4
 
 
+def test_a_packed_sweep_that_loses_processes_loses_nothing_else(home: Path, definition, write) -> None:
+    content = definition(
+        scheduler={"type": "none"},
+        search={"num_samples": 2},
+        gate={"min_score": 1.0},
+        evaluation={"few_shot": 0},
+        training={"backend": "packed", "num_train_epochs": 6, "evals_per_epoch": 1, "per_device_train_batch_size": 2},
+        tracking={"enabled": False},
+    )
+    process = start(write(content), "--json")
+    run_id = wait_for_reports(home, 2, process)
+    _lose("ray::ImplicitFunc", process)
+    wait_for_reports(home, 5, process)
+    _lose("ray::EngineHost", process)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 3, err
+    result = json.loads(out.splitlines()[-1])
+    assert [trial["state"] for trial in result["trials"]] == ["COMPLETE"] * 2
+    for trial in trials(home / "runs" / run_id / "optuna.journal"):
+        assert len(trial.intermediate_values) == 6
+    lost, then = files.read_json(paths.engines_file(run_id))
+    assert "lost" in {stay["ending"] for stay in lost["stays"]}
+    assert {stay["ending"] for stay in then["stays"]} == {"ended"}
+
+
+def _lose(title: str, driver: subprocess.Popen[str]) -> None:
+    """One process of a sweep's cluster, as an operating system short of memory might end it."""
+    for process in session.of_session(driver.pid):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(title):
+                return process.kill()
+    raise AssertionError(f"no process is called {title}")
+
+
 def _end_orphans(driver: subprocess.Popen[str]) -> None:
     """The killed driver's own Ray, which nobody else would end; found by the driver's session."""
     for process in session.of_session(driver.pid):

@@ -56,7 +56,7 @@ class Stay:
     admitted_s: float
     left_s: float | None = None
     ending: str = "running"
-    """ended, evicted, moved or failed."""
+    """ended, evicted, moved or failed; lost with its engine."""
     steps: int = 0
 
 
@@ -123,6 +123,11 @@ class Engine:
     def dequantisations(self) -> int:
         """Of all layers so far."""
         return sum(layer.dequantisations for layer in self.packed)
+
+    @property
+    def age_s(self) -> float:
+        """Since it had its base."""
+        return time.monotonic() - self.started
 
     def keep_dequantised(self, keep: bool) -> None:
         """Whether 4-bit layers stay dequantised from pass to pass: the same bits without that work, for memory."""
@@ -229,7 +234,7 @@ class Engine:
         place = self._free()[0]
         idle = self.idle.pop(place, 0)
         self.counters.idle_slot_steps += idle if new else 0
-        self.stays.append(Stay(place, slot.trial_id, time.monotonic() - self.started))
+        self.stays.append(Stay(place, slot.trial_id, self.age_s))
 
     def _free(self) -> list[int]:
         taken = {stay.slot for stay in self.stays if stay.left_s is None}
@@ -238,7 +243,7 @@ class Engine:
     def _leave(self, slot: Slot, ending: str) -> None:
         self.slots.remove(slot)
         stay = next(stay for stay in self.stays if stay.trial_id == slot.trial_id and stay.left_s is None)
-        stay.left_s, stay.ending = time.monotonic() - self.started, ending
+        stay.left_s, stay.ending = self.age_s, ending
         stay.steps = slot.progress.step
 
     def learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:

@@ -85,13 +85,53 @@ def start(count: int, resources: dict[str, float], config: EngineConfig) -> list
     return engines
 
 
-def accounts(engines: Sequence[ray.actor.ActorHandle]) -> list[dict[str, Any]]:
-    """``EngineHost.account`` of each engine; of one that is gone there is none."""
-    told, references = list[dict[str, Any]](), list[ray.ObjectRef](engine.account.remote() for engine in engines)
-    for reference in references:
-        with suppress(RayError):
-            told.append(ray.get(reference, timeout=_ACCOUNT_S))
-    return told
+class Accounts:
+    """What engines did, by ``EngineHost.account``: one that Ray starts again has another account.
+
+    Of one that does not answer it is as it was when last looked at; what it trained then counts as lost.
+    """
+
+    def __init__(self, engines: Sequence[ray.actor.ActorHandle]) -> None:
+        self.engines = engines
+        self._found: dict[tuple[str, int], dict[str, Any]] = {}
+        self._asked: dict[int, ray.ObjectRef] = {}
+
+    def look(self) -> None:
+        """Take note of what engines have answered since the last time, and ask them again; waits for none."""
+        self._take_note()
+        for place, engine in enumerate(self.engines):
+            if place not in self._asked:
+                self._asked[place] = engine.account.remote()
+
+    def last(self) -> list[dict[str, Any]]:
+        """Of all engines that there were; waits for those that are there or Ray may be starting again."""
+        self._take_note()
+        asked: list[ray.ObjectRef] = [engine.account.remote() for engine in self.engines]
+        alive = [self._note(answer, _ACCOUNT_S) for answer in asked]
+        return [account if life in alive else _lost(account) for life, account in self._found.items()]
+
+    def _take_note(self) -> None:
+        asked = {answer: place for place, answer in self._asked.items()}
+        ready: list[Any] = ray.wait([*asked], num_returns=len(asked), timeout=0)[0] if asked else []
+        for answer in ready:
+            self._note(answer)
+            del self._asked[asked[answer]]
+
+    def _note(self, answer: ray.ObjectRef, timeout_s: float | None = None) -> tuple[str, int] | None:
+        """Whose it is, None where there is no answer."""
+        try:
+            account: Any = ray.get(answer, timeout=timeout_s)
+        except RayError:
+            return None
+        life = (account["node_id"], account["process"])
+        self._found[life] = account
+        return life
+
+
+def _lost(account: dict[str, Any]) -> dict[str, Any]:
+    """An engine's account, with trials that were training in it as ended by its loss."""
+    until = {"left_s": account["age_s"], "ending": "lost"}
+    return account | {"stays": [stay | until if stay["left_s"] is None else stay for stay in account["stays"]]}
 
 
 def evict(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> list[ray.ObjectRef]:
@@ -274,14 +314,20 @@ class EngineHost:
 
     def account(self) -> dict[str, Any]:
         """Counted work, which trial held which slot from when to when, and what the engine knows of its memory."""
+        steps = {slot.trial_id: slot.progress.step for slot in list(self.engine.slots)}
         return {
             "counters": asdict(self.engine.counters) | {"dequantisations": self.engine.dequantisations},
             "node_id": ray.get_runtime_context().get_node_id(),
+            "process": os.getpid(),
+            "age_s": self.engine.age_s,
             "capacity": self.engine.capacity,
             "memory": self.memory.as_dict() if self.memory else None,
             "memory_bytes": self.memory_bytes,
             "keeps_dequantised": self.engine.keeps_dequantised,
-            "stays": [asdict(stay) for stay in self.engine.stays],
+            "stays": [
+                asdict(stay) | ({"steps": steps.get(stay.trial_id, 0)} if stay.left_s is None else {})
+                for stay in list(self.engine.stays)
+            ],
         }
 
     def _run(self) -> None:
@@ -471,7 +517,7 @@ def _occupancies(engines: Sequence[ray.actor.ActorHandle], timeout_s: float | No
         try:
             found.append(ray.get(engine.occupancy.remote(), timeout=timeout_s))  # type: ignore[arg-type]
         except RayActorError as error:
-            found.append(Occupancy(0, {}))
+            found.append(Occupancy(-1, {}))
             dead += isinstance(error, ActorDiedError)
             if dead == len(engines):
                 raise

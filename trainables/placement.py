@@ -21,6 +21,7 @@ class Occupancy(NamedTuple):
     """One engine: its free slots and the trials in the others, the newest last."""
 
     free: int
+    """Slots; fewer than none where an engine is gone, or starting again."""
     buckets: Mapping[str, Bucket]
     """By trial; of those that are on their way here, too."""
     judged: Set[str] = frozenset()
@@ -61,8 +62,7 @@ def evener(engines: Sequence[Occupancy]) -> Move | None:
     """What to move so that engines share what is left of a sweep, once no trial comes to the slots of those that end.
 
     From the busiest engine to the least busy one that has a slot, where two or more trials lie between them. Trials
-    that are being judged may all end, or none: they count where one would come to, and not where one would leave. Of a
-    rung's trials the best are judged first, and would all be moved to make room for the rest.
+    that are being judged may all end, or none: they count where one would come to, and not where one would leave.
     """
     sure = [len(engine.buckets.keys() - engine.judged) for engine in engines]
     most = [len(engine.buckets) for engine in engines]

@@ -95,7 +95,7 @@ def _slots(engines: list[dict[str, Any]], trials: list[TrialRecord]) -> go.Figur
     """A row a slot, a bar a trial's stay in it, coloured by how the trial ended; gaps are idle.
 
     Args:
-        engines: as ``engines.json`` has them, one entry an engine and session.
+        engines: as ``engines.json`` has them, one entry an engine, and another each time that it started.
     """
     states, figure = {trial.trial_id: trial.state for trial in trials}, go.Figure()
     stays = [(number, stay) for number, engine in enumerate(engines) for stay in engine["stays"] if stay["left_s"]]

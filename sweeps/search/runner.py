@@ -64,8 +64,8 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(studies.records(study))
         searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
-        with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as engines:
-            _tuner(definition, run_id, data, searcher, scheduler, left, engines, tracking).fit()
+        with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as accounts:
+            _tuner(definition, run_id, data, searcher, scheduler, left, accounts, tracking).fit()
     records = studies.records(study)
     for record in records:
         _keep_adapter(run_id, record)
@@ -73,14 +73,14 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
 
 
 @contextmanager
-def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterator[list[Any]]:
-    """The engines of a packed sweep while it runs, none of a solo one; what they did goes to the run.
+def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterator[host.Accounts]:
+    """The engines of a packed sweep while it runs, none of a solo one, and their accounts, which go to the run.
 
     Raises:
         ValueError: the definition insists on packed trials, and the base is none that they can share.
     """
     if not definition.packs:
-        yield []
+        yield host.Accounts([])
         return
     resources = definition.resources
     gib = resources.memory_gib_per_engine
@@ -98,15 +98,16 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
     except CannotPack as obstacle:
         definition.check_may_be_solo(str(obstacle))
         say(f"search: solo after all, because {obstacle}")
-        yield []
+        yield host.Accounts([])
         return
+    accounts = host.Accounts(engines)
     try:
-        yield engines
+        yield accounts
     finally:
         try:
             file = paths.engines_file(run_id)
             earlier = files.read_json(file) if file.exists() else []
-            files.write_json(file, earlier + host.accounts(engines))
+            files.write_json(file, earlier + accounts.last())
         finally:
             host.stop(engines)
 
@@ -142,9 +143,10 @@ def _tuner(
     searcher: StudySearcher,
     scheduler: WatchedASHA,
     left_checkpoints: dict[int, Path],
-    engines: list[Any],
+    accounts: host.Accounts,
     tracking: list[tune.Callback],
 ) -> Tuner:
+    engines = accounts.engines
     trainable: Any = tune.with_parameters(
         train_trial,
         definition=definition,
@@ -155,7 +157,7 @@ def _tuner(
     slots = sum(ray.get([engine.capacity.remote() for engine in engines])) if engines else None
     callbacks: list[tune.Callback] = [LiveTable(searcher.study, definition.search.num_samples), *tracking]
     if engines:
-        callbacks.append(_Slots(engines, searcher.remaining))
+        callbacks.append(_Slots(accounts, searcher.remaining))
     return Tuner(
         tune.with_resources(trainable, _RELAY if engines else definition.resources.as_ray()),
         tune_config=TuneConfig(
@@ -196,8 +198,8 @@ class _Slots(tune.Callback):
     When all trials have begun, those that are left are spread evenly over the engines.
     """
 
-    def __init__(self, engines: list[Any], trials: int) -> None:
-        self.engines, self.trials = engines, trials
+    def __init__(self, accounts: host.Accounts, trials: int) -> None:
+        self.accounts, self.engines, self.trials = accounts, accounts.engines, trials
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         host.evict(self.engines, trial.config["trial_id"])
@@ -211,6 +213,7 @@ class _Slots(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self.accounts.look()
         if not result.get("done"):  # of a stopped one the end is told next
             self._even_out(trials, trial, goes_on=True)
 

@@ -22,7 +22,8 @@ class WatchedASHA(AsyncHyperBandScheduler):
     report cannot be compared.
 
     Ray's own knows only what was judged before: of trials that come to a rung at once it lets the first pass whatever
-    it is, and no other if that was the best. It goes on for ever with a NaN loss and raises on a missing one.
+    it is, and then any that is better than most before it. It goes on for ever with a NaN loss and raises on a missing
+    one.
 
     Args:
         grace_steps: first rung, in steps of the shared axis, not always whole; 0 turns early stopping off.
@@ -58,6 +59,8 @@ class WatchedASHA(AsyncHyperBandScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         name = trial.config["trial_id"]
+        if name in self._tunes:  # tried again
+            return
         self._tunes[name] = trial.trial_id
         for _, recorded in self._rungs:
             if name in recorded:  # it goes on in a resumed run: at this rung it was judged
@@ -70,6 +73,8 @@ class WatchedASHA(AsyncHyperBandScheduler):
             return TrialScheduler.STOP
         if not self.is_on:
             return TrialScheduler.CONTINUE
+        if trial.trial_id in self.ledger.verdicts:  # its process died before Tune had stopped it, and was tried again
+            return TrialScheduler.STOP
         self._await(result.get("peers", ()))
         self._turn_of(trial)
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -80,9 +85,12 @@ class WatchedASHA(AsyncHyperBandScheduler):
     def _await(self, peers: Iterable[Peer]) -> None:
         """Put reports on their rungs that may be judged later: under their trials' own names, not yet under Tune's."""
         for peer in peers:
+            tunes = self._tunes.get(peer.trial_id)
+            if tunes in self.ledger.verdicts:  # an engine trains on while it is judged: that never was on a rung
+                continue
             reached = (recorded for milestone, recorded in self._rungs if peer.step >= milestone)
-            highest = next(reached, None)  # a report counts for one rung alone
-            if highest is not None and self._tunes.get(peer.trial_id) not in highest:
+            highest = next(reached, None)  # as Ray does with a report
+            if highest is not None and tunes not in highest:
                 highest[peer.trial_id] = -peer.eval_loss
 
     def _turn_of(self, trial: Trial) -> None:

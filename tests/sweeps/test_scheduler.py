@@ -83,6 +83,26 @@ def test_a_peer_that_is_never_judged_still_counts() -> None:
     assert search.together(falling("abcdef"), told="ca") == "a", "c is the third of six, though the first that is told"
 
 
+def test_a_trial_that_is_tried_again_before_its_turn_is_judged_then() -> None:
+    search = Search("abcdef")
+    assert search.together(falling("abcdef"), told="abcde") == "ab"
+    search.begin("f")
+    assert search.together(falling("abcdef"), told="f") == ""
+
+
+def test_a_verdict_holds_though_the_trial_is_tried_again() -> None:
+    search = Search("abcdef")
+    assert search.together(falling("abcdef")) == "ab"
+    assert search.together({"c": 0.1}) == ""
+
+
+def test_what_a_stopped_trial_learned_meanwhile_stands_on_no_rung() -> None:
+    search = Search("abc")
+    assert search.together(falling("abc"), step=10) == "a"
+    assert search.together(falling("abc"), step=30, told="a") == "a"
+    assert search.asha._rungs[0] == (30, {"tune-a": -1.0})
+
+
 def test_peers_of_different_rungs_are_not_compared() -> None:
     search = Search("ab")
     result = {"step": 10, "eval_loss": 2.0, "peers": (Peer("b", 30, 0.1),)}

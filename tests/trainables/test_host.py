@@ -116,7 +116,7 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     for config, (future, reports) in zip(configs, running, strict=True):
         future.result(timeout=120)
         assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
-    found = host.accounts(both)
+    found = host.Accounts(both).last()
     assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
     assert all(account["counters"]["base_loads"] == 1 for account in found)
     assert all(account["counters"]["alone_s"] > 0 for account in found)
@@ -181,7 +181,7 @@ def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, e
         host.even_out(both, "b", goes_on=False)
     for future, _ in running:
         future.result(timeout=240)
-    found = host.accounts(both)
+    found = host.Accounts(both).last()
     first, second = ({stay["trial_id"]: stay["ending"] for stay in account["stays"]} for account in found)
     assert first == {"a": "ended", "c": "moved"}
     assert second == {"b": "evicted", "c": "ended"}
@@ -197,7 +197,7 @@ def test_a_slot_that_was_kept_in_vain_or_lost_costs_nothing(
     config = trial("kept", num_train_epochs=12)
     future, reports = submit(both, config)
     wait_for(reports, 1)
-    held = [{stay["trial_id"] for stay in account["stays"]} for account in host.accounts(both)]
+    held = [{stay["trial_id"] for stay in account["stays"]} for account in host.Accounts(both).last()]
     here = next(place for place, trials in enumerate(held) if "kept" in trials)
     there = 1 - here
     assert ray.get(both[here].reserve.remote("ends", placement.bucket(config.training)))
@@ -248,12 +248,20 @@ def test_an_engine_holds_as_many_as_its_memory_does(trial, engines) -> None:
 
 def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, tmp_path: Path) -> None:
     one = engines(1, capacity=2)
-    config = trial("watched", num_train_epochs=6)
+    config = trial("watched", num_train_epochs=12)
     future, reports = submit(one, config)
     wait_for(reports, 2)
+    accounts = host.Accounts(one)
+    (before,) = accounts.last()
     ray.kill(one[0], no_restart=False)
     future.result(timeout=240)
     assert curve(reports) == alone(config, tmp_path / "alone")
+    lost, then = accounts.last()
+    assert (before["stays"][-1]["left_s"], before["stays"][-1]["ending"]) == (None, "running")
+    assert lost == before | {
+        "stays": [*before["stays"][:-1], before["stays"][-1] | {"left_s": before["age_s"], "ending": "lost"}]
+    }
+    assert [stay["ending"] for stay in then["stays"]] == ["ended"]
     again, more = submit(one, config, tmp_path / "watched" / "handed-out")
     again.result(timeout=60)
     assert more == [], "its last report was all that was left to make"
@@ -262,7 +270,7 @@ def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, t
 def test_what_engines_did_is_known_though_one_of_them_is_gone(engines) -> None:
     two = engines(2, capacity=1)
     ray.kill(two[0])  # returns before it is gone
-    eventually(lambda: len(host.accounts(two)) == 1, "the other one's account alone")
+    eventually(lambda: len(host.Accounts(two).last()) == 1, "the other one's account alone")
 
 
 def test_an_engine_whose_base_cannot_be_shared_says_so(trial, tmp_path: Path) -> None:
