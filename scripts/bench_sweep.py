@@ -117,7 +117,7 @@ def _compared(packed_s: float, packed: dict[str, Any], plain_s: float, plain: di
         "trained_tokens_to_winner": total["trained_tokens"],
         "idle_slot_steps": total["idle_slot_steps"] / (total["idle_slot_steps"] + total["adapter_steps"]),
         "steps_past_stop": total["steps_past_stop"] / total["adapter_steps"],
-        "search_overhead_s_a_trial": (packed_s * len(engines) - training) / len(trials),
+        "search_overhead_s_a_trial": (packed_s * len(os.sched_getaffinity(0)) - training) / len(trials),
     }
 
 

@@ -35,7 +35,7 @@ _POLL_S = 0.1
 _ANSWER_S = 5.0
 """For which Tune's own loop waits for an engine."""
 _ACCOUNT_S = 30.0
-"""For which a sweep's end waits for an engine that Ray may be starting again."""
+"""For which a sweep's end waits for an engine's answer."""
 _FIRST_S = 3.0
 """For which an engine's first trial waits for others: in step, they come to a rung together and are judged together."""
 
@@ -104,7 +104,7 @@ class Accounts:
                 self._asked[place] = engine.account.remote()
 
     def last(self) -> list[dict[str, Any]]:
-        """Of all engines that there were; waits for those that are there or Ray may be starting again."""
+        """Of all engines that there were; waits for those that are there."""
         self._take_note()
         asked: list[ray.ObjectRef] = [engine.account.remote() for engine in self.engines]
         alive = [self._note(answer, _ACCOUNT_S) for answer in asked]
@@ -315,6 +315,10 @@ class EngineHost:
     def account(self) -> dict[str, Any]:
         """Counted work, which trial held which slot from when to when, and what the engine knows of its memory."""
         steps = {slot.trial_id: slot.progress.step for slot in list(self.engine.slots)}
+        stays = [asdict(stay) for stay in list(self.engine.stays)]  # while they train on
+        for stay in stays:
+            if stay["left_s"] is None:
+                stay["steps"] = steps.get(stay["trial_id"], 0)
         return {
             "counters": asdict(self.engine.counters) | {"dequantisations": self.engine.dequantisations},
             "node_id": ray.get_runtime_context().get_node_id(),
@@ -324,10 +328,7 @@ class EngineHost:
             "memory": self.memory.as_dict() if self.memory else None,
             "memory_bytes": self.memory_bytes,
             "keeps_dequantised": self.engine.keeps_dequantised,
-            "stays": [
-                asdict(stay) | ({"steps": steps.get(stay.trial_id, 0)} if stay.left_s is None else {})
-                for stay in list(self.engine.stays)
-            ],
+            "stays": stays,
         }
 
     def _run(self) -> None:

@@ -26,7 +26,7 @@ from sweeps.search.table import LiveTable
 from sweeps.search.tracking import tracked
 from sweeps.search.trainable import train_trial
 from trainables import host
-from trainables.contract import ADAPTER, REPORT, CannotPack, is_whole, steps_per_epoch
+from trainables.contract import ADAPTER, CannotPack, is_whole, steps_per_epoch
 from trainables.data.snapshot import Snapshot
 
 # Tune's own checks and prints stand down: WatchedASHA judges reports, LiveTable speaks to people.
@@ -63,7 +63,6 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         left = _set_aside(run_id, searcher)
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(studies.records(study))
-        searcher.catch_up({n: files.read_json(path / REPORT) for n, path in left.items() if (path / REPORT).exists()})
         with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as accounts:
             _tuner(definition, run_id, data, searcher, scheduler, left, accounts, tracking).fit()
     records = studies.records(study)

@@ -71,10 +71,10 @@ class WatchedASHA(AsyncHyperBandScheduler):
         if bad:
             self.ledger.write(trial.trial_id, bad)
             return TrialScheduler.STOP
-        if not self.is_on:
-            return TrialScheduler.CONTINUE
         if trial.trial_id in self.ledger.verdicts:  # its process died before Tune had stopped it, and was tried again
             return TrialScheduler.STOP
+        if not self.is_on:
+            return TrialScheduler.CONTINUE
         self._await(result.get("peers", ()))
         self._turn_of(trial)
         decision = super().on_trial_result(tune_controller, trial, result)

@@ -37,12 +37,6 @@ class StudySearcher(Searcher):
         self.started = len(studies.records(study)) - len(self.unfinished)
         self.live: dict[str, optuna.Trial] = {}
 
-    def catch_up(self, reports: dict[int, dict[str, Any]]) -> None:
-        """Write down reports, by trial number, that the driver did not live to take."""
-        for frozen in self.unfinished:
-            if frozen.number in reports:
-                self._note(optuna.Trial(self.study, frozen._trial_id), reports[frozen.number])
-
     @property
     def remaining(self) -> int:
         """Trials that this session still has to run."""

@@ -53,6 +53,8 @@ def train_trial(
         start = Path(checkpoint) if checkpoint else None
         reports = _Reports(start, Path(workdir) / "best" if measure else None)
         (Path(workdir) / "training").mkdir()
+        if start and not retried:
+            tune.report(reports.last)  # the driver of before may not have lived to take it, and it may be the last one
         try:
             run_trial(trial, Path(workdir) / "training", start, reports)
             if measure:
@@ -70,9 +72,9 @@ class _Reports:
     """
 
     def __init__(self, start: Path | None, adapter: Path | None) -> None:
-        self.adapter, self.last = adapter, dict[str, Any]()
+        self.adapter = adapter
+        self.last: dict[str, Any] = files.read_json(start / REPORT) if start else {}
         if start and adapter:
-            self.last = files.read_json(start / REPORT)
             shutil.copytree(start / ADAPTER, adapter)
 
     def __call__(self, report: Report, checkpoint: Path) -> None:

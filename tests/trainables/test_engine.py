@@ -14,7 +14,7 @@ from conftest import another_base, prepared
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trainables import probe, solo
-from trainables.contract import CannotPack, Report, TrialConfig
+from trainables.contract import CannotPack, Peer, Report, TrialConfig
 from trainables.data.snapshot import Snapshot
 from trainables.engine import Engine, Evaluated, Failed
 from trainables.spec import BaseModelSpec, TrainingSpec
@@ -361,13 +361,16 @@ def test_out_of_memory_first_gives_up_what_is_kept_for_speed(spec, data, trial, 
     assert (engine.together, engine.counters.splits, after["failed"]) == (2, 0, {})
 
 
-def test_trials_evaluated_together_are_reported_the_best_first(spec, data, trial) -> None:
+def test_each_of_a_passs_evaluations_names_the_others(spec, data, trial) -> None:
     engine = Engine(spec, data, capacity=3)
     for name, rate in (("idle", 1e-7), ("good", 5e-3), ("slow", 5e-4)):
         engine.admit(trial(name, learning_rate=rate))
     while not (events := engine.advance()):
         pass
-    assert [event.slot.trial_id for event in events] == ["good", "slow", "idle"]
+    peers = [Peer(event.slot.trial_id, event.report.step, event.report.eval_loss) for event in events]
+    assert [peer.trial_id for peer in peers] == ["idle", "good", "slow"]
+    idle, good, slow = peers
+    assert [event.report.peers for event in events] == [(good, slow), (idle, slow), (idle, good)]
 
 
 def test_a_slot_is_idle_while_a_trial_is_still_to_come_to_it(spec, data, trial) -> None:

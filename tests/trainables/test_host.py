@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from conftest import another_base
 from cluster import session
 from trainables import host, packed, placement
 from trainables.capacity import MemoryModel
-from trainables.contract import CannotPack, Peer, Report, TrialConfig, TrialFailure
+from trainables.contract import CannotPack, Report, TrialConfig, TrialFailure
 from trainables.data.snapshot import Snapshot
 from trainables.host import EngineConfig
 from trainables.placement import Move, Occupancy
@@ -120,17 +121,6 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
     assert all(account["counters"]["base_loads"] == 1 for account in found)
     assert all(account["counters"]["alone_s"] > 0 for account in found)
-
-
-def test_evaluations_of_one_pass_know_of_each_other(trial, engines, submit) -> None:
-    one = engines(1, capacity=2)
-    running = [submit(one, trial(name, learning_rate=rate)) for name, rate in (("a", 2e-3), ("b", 1e-3))]
-    for future, _ in running:
-        future.result(timeout=120)
-    (_, a), (_, b) = running
-    assert len(a) > 1
-    assert [report.peers for report in a] == [(Peer("b", report.step, report.eval_loss),) for report in b]
-    assert [report.peers for report in b] == [(Peer("a", report.step, report.eval_loss),) for report in a]
 
 
 def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submit) -> None:
@@ -271,6 +261,38 @@ def test_what_engines_did_is_known_though_one_of_them_is_gone(engines) -> None:
     two = engines(2, capacity=1)
     ray.kill(two[0])  # returns before it is gone
     eventually(lambda: len(host.Accounts(two).last()) == 1, "the other one's account alone")
+
+
+def test_an_engine_that_says_nothing_does_not_silence_the_other() -> None:
+    never = ray.remote(num_cpus=1000)(lambda: None).remote()
+    said = [never, ray.put(told(1, steps=1)), ray.put(told(2, steps=5)), ray.put(told(2, steps=6)), gone()]
+    engine = SimpleNamespace(account=SimpleNamespace(remote=lambda: said.pop(0)))
+    accounts = host.Accounts([engine, engine])  # of which the first one is never done answering
+    for _ in range(4):
+        accounts.look()
+    assert said == []
+    ray.cancel(never)
+    accounts.engines = []
+    assert [account["stays"] for account in accounts.last()] == [
+        [{"left_s": 2.0, "ending": "lost", "steps": 1}],
+        [{"left_s": 2.0, "ending": "lost", "steps": 6}],
+    ]
+    assert host.Accounts([]).last() == []
+
+
+def told(process: int, steps: int) -> dict[str, Any]:
+    """An engine's account, as far as ``Accounts`` reads it."""
+    stays = [{"left_s": None, "ending": "running", "steps": steps}]
+    return {"node_id": "node", "process": process, "age_s": 2.0, "stays": stays}
+
+
+def gone() -> ray.ObjectRef:
+    """What an engine answers that is not there any more."""
+
+    def fail() -> None:
+        raise OSError("gone")
+
+    return ray.remote(fail).remote()
 
 
 def test_an_engine_whose_base_cannot_be_shared_says_so(trial, tmp_path: Path) -> None:
