@@ -64,8 +64,9 @@ def workers(preload: Sequence[str]) -> Iterator[None]:
         program.symlink_to(Path(__file__).resolve())
         listener.bind(str(address))
         listener.listen(socket.SOMAXCONN)
-        # OpenBLAS, numpy's library, takes its threads at import; one is what Ray would give to all but larger workers
-        own = {_JOB: _FIRST_JOB, _RAYLET: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+        # OpenBLAS, numpy's library, takes its threads at import; one is what Ray would give to all but larger workers.
+        # A library that looks for a GPU when it is imported would leave forks a CUDA that none of them can use.
+        own = {_JOB: _FIRST_JOB, _RAYLET: str(os.getpid()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with subprocess.Popen(
             [sys.executable, __file__, _SERVE, str(listener.fileno()), json.dumps(sys.path), *preload],
             stdin=subprocess.PIPE,
@@ -94,7 +95,7 @@ def _started_by(program: Path) -> Iterator[None]:
     before = os.environ.get(_PRESTART)
     os.environ[_PRESTART] = "false"
     try:
-        with _replaced(parameter, "RayParams", partial(parameter.RayParams, worker_path=str(program))):
+        with replaced(parameter, "RayParams", partial(parameter.RayParams, worker_path=str(program))):
             yield
     finally:
         os.environ.pop(_PRESTART, None)
@@ -102,13 +103,14 @@ def _started_by(program: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    own = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """In the block ``owner``, a module or a class, has ``value`` by this name."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, own)
+        setattr(owner, name, own)
 
 
 def _serve(number: str, path: str, *modules: str) -> None:
@@ -145,11 +147,13 @@ def _import(modules: Sequence[str]) -> None:
     from ray import ActorClassID, actor
 
     drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
-    with _replaced(actor, "ActorClassID", drawn):
+    gc.disable()  # a quarter of the time that imports take goes into collections, which find next to nothing
+    with replaced(actor, "ActorClassID", drawn):
         for module in modules:
             importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what a fork shares is then not touched by its own collections
+    gc.enable()
 
 
 def _draw_apart() -> bool:

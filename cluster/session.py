@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,18 @@ def quieten() -> None:
 
 
 @contextmanager
-def connected(address: str | None = None, preload: Sequence[str] = ()) -> Iterator[None]:
-    """A connection to Ray for the block: ``address``, ``RAY_ADDRESS``, or a local cluster that ends with the block.
-
-    Args:
-        preload: modules that a local cluster's workers find imported, for they are forked from a process that has them.
+def forked(preload: Sequence[str]) -> Iterator[None]:
+    """Workers of a local cluster that is started in the block find ``preload`` imported, which begins at once: they are
+    forked from a process that has these modules.
     """
+    quieten()
+    with nullcontext() if os.environ.get("RAY_ADDRESS") else forks.workers(preload):
+        yield
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """A connection to Ray for the block: ``address``, ``RAY_ADDRESS``, or a local cluster that ends with the block."""
     quieten()
     import ray
 
@@ -56,14 +63,28 @@ def connected(address: str | None = None, preload: Sequence[str] = ()) -> Iterat
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         options["include_dashboard"] = False
-    with forks.workers(preload) if preload and not address else nullcontext():
-        with _own_sigterm():
-            ray.init(address or "local", **options)
-        protect_token()
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    with _own_sigterm(), nullcontext() if address else _few_processes():
+        ray.init(address or "local", **options)
+    protect_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """A node that this process starts in the block has none that only autoscalers, dashboards or terminals ask: they
+    hold up its start, and its end. Ray has switches for the first and the last, out of ``ray.init``'s reach.
+    """
+    from ray._private import node, parameter
+
+    switched_off: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    with (
+        forks.replaced(parameter, "RayParams", partial(parameter.RayParams, **switched_off)),
+        forks.replaced(node.Node, "start_api_server", lambda *_, **__: None),  # but for usage statistics, off here
+    ):
+        yield
 
 
 @contextmanager
@@ -224,15 +245,18 @@ def ray_command() -> str:
     return str(beside) if beside.exists() else "ray"
 
 
-def hide_other_gpus() -> None:
-    """In a task or an actor to which Ray gave no GPU: torch, not imported yet, is to find none.
+def use_what_ray_gave() -> None:
+    """In a task or an actor, before torch looks for a GPU: it finds none where Ray gave none, and as many threads.
 
-    Ray leaves all of a node's to be seen, and engines of a serving cluster need it so.
+    Ray leaves all of a node's GPUs to be seen then, and engines of a serving cluster need it so. Threads torch counts
+    when it is imported, which in a forked worker lies behind.
     """
     import ray
 
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if (torch := sys.modules.get("torch")) and (threads := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(threads))
 
 
 def logs() -> Path:

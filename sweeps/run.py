@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 
-_PRELOAD = ("sweeps.search.trainable",)
-"""What every trial's process imports, and torch is no part of: it has to find out itself how many threads it has."""
+TRIALS = "sweeps.search.trainable"
+"""What every trial's process imports."""
 
 
 def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) -> dict[str, Any]:
@@ -37,21 +37,33 @@ def run(definition: SweepDefinition, run_id: str | None = None, log: Log = say) 
         ValueError: the user's input is wrong; no run was made.
         RuntimeError: Winnow or the cluster failed; the run's status is ``failed``.
     """
-    from sweeps import dataset
+    with session.forked(_preload(definition)):
+        from sweeps import dataset
 
-    data = dataset.prepared(definition, log)
-    _check_evaluation(definition, log)
-    if run_id:
-        _check_same_data(run_id, data)
-    tracking_environment(definition)
-    with session.connected(preload=_PRELOAD):
-        _check_cluster(definition)
-        run_id = run_id or new_run(definition, data)
-        log(f"run: {run_id}")
-        outcome = Outcome(run_id, definition.name, definition.base_model.model_dump(mode="json"))
-        with _only_driver(run_id), _written(outcome):
-            _stages(definition, outcome, data, log)
+        data = dataset.prepared(definition, log)
+        _check_evaluation(definition, log)
+        if run_id:
+            _check_same_data(run_id, data)
+        tracking_environment(definition)
+        with session.connected():
+            _check_cluster(definition)
+            run_id = run_id or new_run(definition, data)
+            log(f"run: {run_id}")
+            outcome = Outcome(run_id, definition.name, definition.base_model.model_dump(mode="json"))
+            with _only_driver(run_id), _written(outcome):
+                _stages(definition, outcome, data, log)
     return outcome.as_result()
+
+
+def _preload(definition: SweepDefinition) -> list[str]:
+    """What a local cluster's workers find imported: on a CPU all that trains trials, scores and merges.
+
+    With GPUs nothing that has torch in it. A fork could use one if nothing had looked for it before, and some library
+    among these may.
+    """
+    if definition.resources.gpus_per_trial:
+        return [TRIALS]
+    return [TRIALS, "trainables.engine" if definition.packs else "trainables.solo", "trainables.merge"]
 
 
 def _check_evaluation(definition: SweepDefinition, log: Log) -> None:
@@ -233,6 +245,6 @@ def promote_trial(run_id: str, trial_id: str | None, log: Log = say) -> dict[str
     _check_evaluation(definition, log)
     outcome = Outcome(run_id, definition.name, before["base_model"], dataset_hash=data.dataset_hash)
     outcome.trials, outcome.best_trial_id = before["trials"], before["best_trial_id"]
-    with session.connected(), _only_driver(run_id), _written(outcome):
+    with session.forked(_preload(definition)), session.connected(), _only_driver(run_id), _written(outcome):
         _prove(definition, outcome, trials[chosen].as_result(), data, log)
     return outcome.as_result()

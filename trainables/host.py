@@ -175,7 +175,7 @@ class EngineHost:
     """One engine in a process of its own: a thread trains, callers wait for what their trial reports."""
 
     def __init__(self, config: EngineConfig) -> None:
-        session.hide_other_gpus()
+        session.use_what_ray_gave()
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # hardly two passes have one size
         from trainables.data import snapshot
         from trainables.engine import Engine

@@ -28,7 +28,7 @@ def submit(
 
 def _and_let_go(function: Callable[..., Any], *args: Any) -> Any:
     """A 4-bit layer and its weight hold each other: a process that waits would keep the whole model."""
-    session.hide_other_gpus()
+    session.use_what_ray_gave()
     try:
         return function(*args)
     finally:

@@ -36,7 +36,7 @@ def train_trial(
         resume_from: by trial id, the checkpoint of a trial that an interrupted run left unfinished.
         engines: where packed trials find a slot; none for solo ones.
     """
-    session.hide_other_gpus()
+    session.use_what_ray_gave()
     run_trial = partial(host.run_trial, engines) if engines else _solo()
     measure = _measure(definition, dataset, engines)
     params = {name: value for name, value in config.items() if name != "trial_id"}

@@ -20,7 +20,7 @@ import pytest
 from cluster import forks, session
 from sweeps import run
 
-(LOADED,) = run._PRELOAD
+LOADED = run.TRIALS
 OF_ITS_OWN = {"RAY_RAYLET_PID", "RAY_JOB_ID", "RAY_prestart_worker_first_driver"}
 
 
@@ -98,7 +98,7 @@ def by_value(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_forked_worker_is_as_one_that_starts_by_itself() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))  # which Ray raises when it starts a cluster
-    with session.connected(preload=[LOADED]):
+    with session.forked([LOADED]), session.connected():
         server = server_of(psutil.Process())
         forked, place = workers(6), place_of(server)
         server.kill()
@@ -118,12 +118,28 @@ def test_a_forked_worker_is_as_one_that_starts_by_itself() -> None:
         assert worker["alike"] == by_itself["alike"]
 
 
+def test_a_fork_that_finds_torch_imported_has_the_threads_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a user's word, which Ray lets stand
+
+    def threads() -> tuple[bool, int]:
+        import torch
+
+        session.use_what_ray_gave()
+        return torch.cuda.is_available(), torch.get_num_threads()
+
+    import ray
+
+    given: Any = ray.remote(threads)
+    with session.forked(["torch"]), session.connected():
+        assert ray.get([given.options(num_cpus=cpus).remote() for cpus in (2, 1)]) == [(False, 2), (False, 1)]
+
+
 @pytest.mark.parametrize("killed", ["driver", "raylet"])
 def test_they_end_with_what_they_work_for(killed: str) -> None:
     starts = (
         "import sys; sys.path += sys.argv[1:]; import ray, psutil, test_forks; from cluster import session\n"
         "ray.cloudpickle.register_pickle_by_value(test_forks)\n"
-        "with session.connected(preload=['ray']):\n"
+        "with session.forked(['ray']), session.connected():\n"
         "    kept = [ray.remote(num_cpus=0)(test_forks.Worker).remote() for _ in range(2)]\n"
         "    print(*(told['pid'] for told in ray.get([one.seen.remote() for one in kept])), flush=True)\n"
         "    input()\n"
@@ -134,6 +150,8 @@ def test_they_end_with_what_they_work_for(killed: str) -> None:
         pids = [int(pid) for pid in driver.stdout.readline().split()]
         own = psutil.Process(driver.pid)
         server, family = server_of(own), own.children()
+        programs = {Path(word).name for one in family for word in one.cmdline() if word.endswith(".py")}
+        assert programs == {"forks.py"}, "processes that only autoscalers, dashboards and terminals ask"
         place = place_of(server)
         assert {psutil.Process(pid).ppid() for pid in pids} == {server.pid}
         if killed == "driver":

@@ -27,7 +27,7 @@ DATA = SimpleNamespace(directory=Path("unused"), count=lambda _: 64)  # 4 steps 
 def cluster() -> Iterator[None]:
     tracking.prepare_environment()
     ray.cloudpickle.register_pickle_by_value(toy_trials)
-    with session.connected(preload=["sweeps.search.trainable"]):
+    with session.forked(["sweeps.search.trainable"]), session.connected():
         yield
     ray.cloudpickle.unregister_pickle_by_value(toy_trials)
 
