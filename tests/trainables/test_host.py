@@ -27,7 +27,7 @@ from trainables.spec import BaseModelSpec, TrainingSpec
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with session.connected():
+    with session.forked(["trainables.engine"]), session.connected():
         yield
 
 
