@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,16 @@ class Failed:
     slot: Slot
     reason: Reason
     message: str
+
+
+class Learned(NamedTuple):
+    """What a trial's next step is made of, besides the gradients that lie in its slot."""
+
+    loss: float
+    tokens: int
+    """That the loss is a mean over."""
+    norm: float
+    """Of the gradients, before they were cut to ``max_grad_norm``."""
 
 
 @dataclass
@@ -183,11 +193,11 @@ class Engine:
 
     def _step(self) -> list[Failed]:
         """One optimizer step of every slot."""
-        steps: dict[str, tuple[float, int]] = {}
+        steps: dict[str, Learned] = {}
         failed = [*self._together(self.slots, lambda group: steps.update(self.learn(group)))]
         for slot in self.slots:
             if slot.trial_id in steps:
-                failed += self._update(slot, *steps[slot.trial_id])
+                failed += self._update(slot, steps[slot.trial_id])
         return failed
 
     def _judge(self, slots: Sequence[Slot]) -> tuple[list[Evaluated], list[Failed]]:
@@ -246,18 +256,23 @@ class Engine:
         stay.left_s, stay.ending = self.age_s, ending
         stay.steps = slot.progress.step
 
-    def learn(self, slots: Sequence[Slot]) -> dict[str, tuple[float, int]]:
-        """Gradients of each trial's next step; by trial its loss and the tokens that it is a mean over."""
+    def learn(self, slots: Sequence[Slot]) -> dict[str, Learned]:
+        """Gradients of each trial's next step. However many there are, it waits for the device once, at its end."""
         started = self._clock()
         self._mode(training=True)
         plans = [[[self.train[i] for i in batch] for batch in slot.micro_batches()] for slot in slots]
         learned = [sum(_learned(batch) for batch in plan) for plan in plans]
-        sums = [0.0] * len(slots)
         for slot in slots:
             slot.clear()
+        whose, shares = list[int](), list[torch.Tensor]()
         for place, batches in enumerate(_rounds(plans)):
-            for k, share in self._gradients([(k, slots[k].adapter(place), rows) for k, rows in batches], learned):
-                sums[k] += share
+            order, found = self._gradients([(k, slots[k].adapter(place), rows) for k, rows in batches], learned)
+            whose += order
+            shares += found
+        numbers = torch.stack([*shares, *(slot.clip() for slot in slots)]).tolist()
+        losses, norms = [0.0] * len(slots), numbers[len(whose) :]
+        for k, share in zip(whose, numbers[: len(whose)], strict=True):
+            losses[k] += share
         tokens, seconds = [_tokens(plan) for plan in plans], self._clock() - started
         _charge(slots, tokens, seconds)
         self.counters.tokens += sum(tokens)
@@ -265,12 +280,12 @@ class Engine:
         if len(slots) == 1:
             self.counters.alone_tokens += sum(tokens)
             self.counters.alone_s += seconds
-        return {slot.trial_id: (sums[k], learned[k]) for k, slot in enumerate(slots)}
+        return {slot.trial_id: Learned(losses[k], learned[k], norms[k]) for k, slot in enumerate(slots)}
 
-    def _update(self, slot: Slot, loss: float, learned: int) -> list[Failed]:
+    def _update(self, slot: Slot, learned: Learned) -> list[Failed]:
         """A trial's optimizer step. Apart from ``learn``, which may be tried again: no step is taken twice."""
         try:
-            stepped = slot.update(loss, learned)
+            stepped = slot.update(*learned)
         except Exception as error:
             if self.device.type == "cuda" and not base.out_of_memory(error):
                 torch.cuda.synchronize()  # raises where it is the device that has failed, and not this trial
@@ -278,20 +293,24 @@ class Engine:
         if not stepped:
             return [_not_finite(slot, "training loss or gradient")]
         self.counters.adapter_steps += 1
-        self.counters.trained_tokens += learned
+        self.counters.trained_tokens += learned.tokens
         return []
 
     def _gradients(
         self, batches: list[tuple[int, Adapter, list[Example]]], learned: Sequence[int]
-    ) -> list[tuple[int, float]]:
-        """One forward and backward pass, of which nothing is left but gradients and each trial's share of its loss."""
+    ) -> tuple[list[int], Sequence[torch.Tensor]]:
+        """One forward and backward pass, of which nothing is left but gradients and each trial's share of its loss.
+
+        Returns:
+            of each share whose it is, and the shares, which the device may still be working on.
+        """
         order, packed = self._pack(batches)
         losses = zip(order, self._losses(packed), strict=True)
         shares = torch.stack([loss / learned[k] for k, loss in losses])
         shares.sum().backward()
         packed.hand_out()
         self.current.pack = None
-        return list(zip(order, shares.tolist(), strict=True))
+        return order, shares.detach().unbind()
 
     def _pack(self, batches: list[tuple[int, Adapter, list[Example]]]) -> tuple[list[int], Pack]:
         """A pass over a batch of each of some slots, and in which order they lie in it."""

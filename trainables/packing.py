@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from trainables.adapters import Adapter, Stack, alike, stacked
 from trainables.contract import CannotPack
@@ -186,8 +186,7 @@ class _Unpadded(torch.autograd.Function):
         return places.index_copy_(0, pack.scatter, tokens), None
 
 
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+AttentionInterface.register(ATTENTION, attend)  # and no mask by this name: then transformers makes none
 
 
 @dataclass

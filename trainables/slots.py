@@ -149,10 +149,13 @@ class Slot:
         assert self.vector.grad is not None
         self.vector.grad.zero_()
 
-    def update(self, loss: float, tokens: int) -> bool:
+    def clip(self) -> torch.Tensor:
+        """The gradient's norm, and the gradient cut to ``max_grad_norm``; waits for no device."""
+        return torch.nn.utils.clip_grad_norm_([self.vector], self.training.max_grad_norm)
+
+    def update(self, loss: float, tokens: int, norm: float) -> bool:
         """One optimizer step with the gradients at hand; False, and nothing changed, where they are no numbers."""
-        norm = torch.nn.utils.clip_grad_norm_([self.vector], self.training.max_grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             return False
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * self._rate(self.progress.step)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster import forks, session
-from sweeps import run
+from sweeps import loading, run
 
 LOADED = run.TRIALS
 OF_ITS_OWN = {"RAY_RAYLET_PID", "RAY_JOB_ID", "RAY_prestart_worker_first_driver"}
@@ -132,6 +132,13 @@ def test_a_fork_that_finds_torch_imported_has_the_threads_that_ray_gave_it(monke
     given: Any = ray.remote(threads)
     with session.forked(["torch"]), session.connected():
         assert ray.get([given.options(num_cpus=cpus).remote() for cpus in (2, 1)]) == [(False, 2), (False, 1)]
+
+
+def test_no_process_that_has_torch_forks_workers_with_gpus(definition) -> None:
+    """CUDA does not survive it where torch, or what comes with it, has looked for a GPU."""
+    on_gpus, on_cpus = (loading.parse(definition(resources={"gpus_per_trial": gpus}), "test") for gpus in (1, 0))
+    assert run._preload(on_gpus) == [LOADED]  # which has none of it, says the first test here
+    assert {"trainables.engine", "trainables.merge"} < {*run._preload(on_cpus)}
 
 
 @pytest.mark.parametrize("killed", ["driver", "raylet"])

@@ -96,7 +96,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(spec, data, trial) -> None
     slot = Engine(spec, data, capacity=1).admit(trial())
     before = slot.vector.clone()
     slot.vector.grad[0] = math.inf
-    assert not slot.update(1.0, tokens=1)
+    assert not slot.update(1.0, tokens=1, norm=float(slot.clip()))
     assert torch.equal(slot.vector, before)
     assert slot.progress.step == 0
 
