@@ -40,13 +40,18 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
 
 
+def joins() -> bool:
+    """Whether this process joins a cluster that is there, and starts none."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def forked(preload: Sequence[str]) -> Iterator[None]:
     """Workers of a local cluster that is started in the block find ``preload`` imported, which begins at once: they are
     forked from a process that has these modules.
     """
     quieten()
-    with nullcontext() if os.environ.get("RAY_ADDRESS") else forks.workers(preload):
+    with nullcontext() if joins() else forks.workers(preload):
         yield
 
 

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import Checkpoint
 
 
 def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from: dict[str, str]) -> None:
     """Eight steps of falling loss. ``r`` chooses what goes wrong: 1 NaN, 2 no loss, 3 raises, 4 dies once, 5 nothing
-    reported, 6 out of memory; 8 and up nothing. Higher learning rates end lower.
+    reported, 6 out of memory, 7 tells of its process; 8 and up nothing. Higher learning rates end lower.
     """
     r, start = config["r"], _start(resume_from.get(config["trial_id"]))
     time.sleep(0.3)
@@ -25,6 +26,9 @@ def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from
         return
     if r == 6:
         tune.report({"failure_reason": "oom", "failure_message": "CUDA out of memory"})
+        return
+    if r == 7:
+        tune.report({"failure_reason": "error", "failure_message": ray.get_runtime_context().get_runtime_env_string()})
         return
     for step in range(start + 1, 9):
         if r == 4 and step == 5 and start == 0:

@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.execution import class_cache
 
-from cluster import files, paths
+from cluster import files, forks, paths, session
 from cluster.command import say
 from sweeps.definition import SweepDefinition
 from sweeps.search import study as studies
@@ -63,7 +64,11 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         left = _set_aside(run_id, searcher)
         scheduler = _scheduler(definition, data, ledger)
         scheduler.replay(studies.records(study))
-        with tracked(definition.tracking, run_id, ledger) as tracking, _engines(definition, run_id, data) as accounts:
+        with (
+            tracked(definition.tracking, run_id, ledger) as tracking,
+            _engines(definition, run_id, data) as accounts,
+            _started_at_once(),
+        ):
             _tuner(definition, run_id, data, searcher, scheduler, left, accounts, tracking).fit()
     records = studies.records(study)
     for record in records:
@@ -109,6 +114,21 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
             files.write_json(file, earlier + accounts.last())
         finally:
             host.stop(engines)
+
+
+@contextmanager
+def _started_at_once() -> Iterator[None]:
+    """A cluster of our own has this process's environment. Tune gives trials some of it once more, and for that
+    Ray starts each through another process, which takes half a second of a core to import Ray.
+    """
+    if session.joins():
+        yield
+        return
+    with (
+        forks.replaced(class_cache, "DEFAULT_ENV_VARS", {}),
+        forks.replaced(class_cache, "ENV_VARS_TO_PROPAGATE", frozenset()),
+    ):
+        yield
 
 
 def savings(run_id: str) -> str | None:

@@ -102,6 +102,12 @@ def test_a_trial_that_keeps_losing_its_process_is_lost(search) -> None:
     assert records[0].steps == 4
 
 
+def test_a_trials_process_is_started_as_any_workers(search) -> None:
+    """An environment of its own, which it has anyway, would cost it another process before it, one that imports Ray."""
+    _, records = search([7])
+    assert records[0].message == "{}"
+
+
 def test_warm_start_comes_first_and_only_once(search) -> None:
     loaded, records = search([9, 8])
     assert [record.params for record in records] == [dict(point) for point in loaded.search.points_to_evaluate]
