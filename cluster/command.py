@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 DONE, FAILED, WRONG_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
-_THRESHOLDS = 50_000, 50, 50
-"""Imports make a million objects that stay. By Python's own thresholds a third of their time goes into looking for
+_THRESHOLDS = 50_000, 50, 10
+"""Imports make a million objects that stay. By Python's own thresholds a quarter of their time goes into looking for
 garbage among them."""
 
 

@@ -64,9 +64,8 @@ def workers(preload: Sequence[str]) -> Iterator[None]:
         program.symlink_to(Path(__file__).resolve())
         listener.bind(str(address))
         listener.listen(socket.SOMAXCONN)
-        # OpenBLAS, numpy's library, takes its threads at import; one is what Ray would give to all but larger workers.
-        # A library that looks for a GPU when it is imported would leave forks a CUDA that none of them can use.
-        own = {_JOB: _FIRST_JOB, _RAYLET: str(os.getpid()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # OpenBLAS, numpy's library, takes its threads at import; one is what Ray would give to all but larger workers
+        own = {_JOB: _FIRST_JOB, _RAYLET: str(os.getpid()), "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             [sys.executable, __file__, _SERVE, str(listener.fileno()), json.dumps(sys.path), *preload],
             stdin=subprocess.PIPE,
@@ -143,9 +142,14 @@ def _serve(number: str, path: str, *modules: str) -> None:
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Imports without drawing ids: after a draw, Ray's generator would give every fork the same ones."""
+    """Imports without drawing ids: after a draw, Ray's generator would give every fork the same ones.
+
+    Nor does a library find a GPU, which no fork could use after that. Ray has looked before, at its import, which ones
+    are to be seen, and goes by that in every fork.
+    """
     from ray import ActorClassID, actor
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork has the environment of whom it stands in for
     drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
     gc.disable()  # a quarter of the time that imports take goes into collections, which find next to nothing
     with replaced(actor, "ActorClassID", drawn):

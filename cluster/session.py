@@ -40,18 +40,13 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
 
 
-def joins() -> bool:
-    """Whether this process joins a cluster that is there, and starts none."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
 @contextmanager
 def forked(preload: Sequence[str]) -> Iterator[None]:
     """Workers of a local cluster that is started in the block find ``preload`` imported, which begins at once: they are
     forked from a process that has these modules.
     """
     quieten()
-    with nullcontext() if joins() else forks.workers(preload):
+    with nullcontext() if os.environ.get("RAY_ADDRESS") else forks.workers(preload):
         yield
 
 
@@ -88,6 +83,25 @@ def _few_processes() -> Iterator[None]:
     with (
         forks.replaced(parameter, "RayParams", partial(parameter.RayParams, **switched_off)),
         forks.replaced(node.Node, "start_api_server", lambda *_, **__: None),  # but for usage statistics, off here
+    ):
+        yield
+
+
+@contextmanager
+def trials_like_workers() -> Iterator[None]:
+    """Ray Tune's trials in the block start as any worker of a cluster of our own, which has this process's environment.
+
+    Tune gives them some of that environment once more, and for its sake Ray starts each through another process, which
+    takes half a second of a core to import Ray.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    from ray.tune.execution import class_cache
+
+    with (
+        forks.replaced(class_cache, "DEFAULT_ENV_VARS", {}),
+        forks.replaced(class_cache, "ENV_VARS_TO_PROPAGATE", frozenset()),
     ):
         yield
 
@@ -260,7 +274,8 @@ def use_what_ray_gave() -> None:
 
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if (torch := sys.modules.get("torch")) and (threads := os.environ.get("OMP_NUM_THREADS")):
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested loops a user may name more
+    if (torch := sys.modules.get("torch")) and threads.isdecimal():
         torch.set_num_threads(int(threads))
 
 

@@ -158,10 +158,10 @@ class Stack:
             self.sums = first.gradient.new_zeros(len(adapters), len(first.gradient))
             self.gradients = grouped(self.sums, first.layers, first.r)
         # in 32 bits whatever a pass computes in: 16 would make a trial's alpha another one here than by itself
-        self.scales = torch.tensor([adapter.scale for adapter in adapters]).to(device)[:, None, None]
+        self.scales = sent(torch.tensor([adapter.scale for adapter in adapters]), device)[:, None, None]
         if first.dropout:
             keeps = torch.tensor([1 - adapter.dropout for adapter in adapters])
-            self.keeps = keeps.repeat_interleave(torch.tensor(tokens)).to(device)[:, None]
+            self.keeps = sent(keeps.repeat_interleave(torch.tensor(tokens)), device)[:, None]
         self.shape = (len(adapters), max(tokens))
         self.places = _places(tokens, device) if min(tokens) < max(tokens) else None
 
@@ -305,7 +305,12 @@ def _places(tokens: Sequence[int], device: torch.device) -> torch.Tensor:
     """Of each token of trials that have T places each, one trial after the other."""
     lengths = numpy.array(tokens)
     starts = numpy.arange(len(lengths)) * lengths.max() - (lengths.cumsum() - lengths)
-    return torch.from_numpy(numpy.arange(lengths.sum()) + numpy.repeat(starts, lengths)).to(device)
+    return sent(torch.from_numpy(numpy.arange(lengths.sum()) + numpy.repeat(starts, lengths)), device)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor``, of this machine's memory, on ``device``; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _by_layer(whole: torch.Tensor, layers: Sequence[object], dimension: int = 0) -> Sequence[torch.Tensor]:

@@ -81,7 +81,7 @@ class Counters:
     tokens: int = 0
     """That training passes went over, learned or not."""
     training_s: float = 0.0
-    """Of the device, in training passes, evaluation and optimizers apart."""
+    """Of the device, in training passes, evaluation and optimizer steps apart."""
     alone_tokens: int = 0
     alone_s: float = 0.0
     """The same of passes with one trial in them, and of a probe before the first: what a token costs unpacked."""
@@ -217,16 +217,19 @@ class Engine:
 
     def evaluate(self, slots: Sequence[Slot]) -> dict[str, float]:
         """Mean negative log likelihood, in nats, of the eval split's learned tokens, by trial."""
-        totals = {slot.trial_id: (0.0, 0) for slot in slots}
         started = self._clock()
         self._mode(training=False)
+        whose, losses = list[tuple[int, int]](), list[torch.Tensor]()
         with torch.no_grad():
             for batches in _rounds([self._eval_batches(slot) for slot in slots]):
                 order, packed = self._pack([(k, slots[k].adapter(None), rows) for k, rows in batches])
-                losses = torch.stack(self._losses(packed)).tolist()
-                for k, loss, next_ids in zip(order, losses, packed.next_ids, strict=True):
-                    total, tokens = totals[slots[k].trial_id]
-                    totals[slots[k].trial_id] = (total + loss, tokens + len(next_ids))
+                losses += self._losses(packed)
+                whose += zip(order, map(len, packed.next_ids), strict=True)
+            numbers = torch.stack(losses).tolist()
+        totals = {slot.trial_id: (0.0, 0) for slot in slots}
+        for (k, learned), loss in zip(whose, numbers, strict=True):
+            total, tokens = totals[slots[k].trial_id]
+            totals[slots[k].trial_id] = (total + loss, tokens + learned)
         self.current.pack = None
         _charge(slots, [1] * len(slots), self._clock() - started)
         return {trial_id: total / tokens for trial_id, (total, tokens) in totals.items()}
@@ -257,7 +260,7 @@ class Engine:
         stay.steps = slot.progress.step
 
     def learn(self, slots: Sequence[Slot]) -> dict[str, Learned]:
-        """Gradients of each trial's next step. However many there are, it waits for the device once, at its end."""
+        """Gradients of each trial's next step. The device is waited for once, when all of its work is handed over."""
         started = self._clock()
         self._mode(training=True)
         plans = [[[self.train[i] for i in batch] for batch in slot.micro_batches()] for slot in slots]

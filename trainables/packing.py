@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from trainables.adapters import Adapter, Stack, alike, stacked
+from trainables.adapters import Adapter, Stack, alike, sent, stacked
 from trainables.contract import CannotPack
 
 ATTENTION = "winnow_packed"
@@ -92,7 +92,7 @@ def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.dev
     own = [adapter for adapter, _ in batches]
     shared = stacked(own, tokens.tolist()) if at_once else list(zip(own, tokens.tolist(), strict=True))
     return Pack(
-        input_ids=torch.cat([example.input_ids for example in rows]).to(device),
+        input_ids=sent(torch.cat([example.input_ids for example in rows]), device),
         positions=_on(device, positions),
         predicting=_on(device, predicting),
         gather=_on(device, gather),
@@ -113,7 +113,7 @@ def _rectangles(counts: list[int], widths: list[int], at_once: bool) -> list[tup
 
 
 def _on(device: torch.device, array: Any) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
+    return sent(torch.from_numpy(array), device)
 
 
 def attend(

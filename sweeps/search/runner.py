@@ -13,9 +13,8 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
-from ray.tune.execution import class_cache
 
-from cluster import files, forks, paths, session
+from cluster import files, paths, session
 from cluster.command import say
 from sweeps.definition import SweepDefinition
 from sweeps.search import study as studies
@@ -67,7 +66,7 @@ def run_search(definition: SweepDefinition, run_id: str, data: Snapshot) -> list
         with (
             tracked(definition.tracking, run_id, ledger) as tracking,
             _engines(definition, run_id, data) as accounts,
-            _started_at_once(),
+            session.trials_like_workers(),
         ):
             _tuner(definition, run_id, data, searcher, scheduler, left, accounts, tracking).fit()
     records = studies.records(study)
@@ -114,21 +113,6 @@ def _engines(definition: SweepDefinition, run_id: str, data: Snapshot) -> Iterat
             files.write_json(file, earlier + accounts.last())
         finally:
             host.stop(engines)
-
-
-@contextmanager
-def _started_at_once() -> Iterator[None]:
-    """A cluster of our own has this process's environment. Tune gives trials some of it once more, and for that
-    Ray starts each through another process, which takes half a second of a core to import Ray.
-    """
-    if session.joins():
-        yield
-        return
-    with (
-        forks.replaced(class_cache, "DEFAULT_ENV_VARS", {}),
-        forks.replaced(class_cache, "ENV_VARS_TO_PROPAGATE", frozenset()),
-    ):
-        yield
 
 
 def savings(run_id: str) -> str | None:

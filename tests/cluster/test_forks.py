@@ -118,27 +118,47 @@ def test_a_forked_worker_is_as_one_that_starts_by_itself() -> None:
         assert worker["alike"] == by_itself["alike"]
 
 
-def test_a_fork_that_finds_torch_imported_has_the_threads_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a user's word, which Ray lets stand
-
-    def threads() -> tuple[bool, int]:
-        import torch
-
+def test_what_a_sweep_on_cpus_preloads_is_forked_with_the_threads_that_ray_gave(
+    definition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> tuple[int, bool, int]:
         session.use_what_ray_gave()
-        return torch.cuda.is_available(), torch.get_num_threads()
+        torch = sys.modules["torch"]
+        return os.getppid(), torch.cuda.is_available(), torch.get_num_threads()
 
     import ray
 
-    given: Any = ray.remote(threads)
-    with session.forked(["torch"]), session.connected():
-        assert ray.get([given.options(num_cpus=cpus).remote() for cpus in (2, 1)]) == [(False, 2), (False, 1)]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a user's word, which Ray lets stand
+    wanted, by_user = ray.remote(told), ray.remote(told).options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "3,2"}})
+    both = [loading.parse(definition(training={"backend": kind}), "test") for kind in ("packed", "solo")]
+    preload = dict.fromkeys(module for one in both for module in run._preload(one))
+    assert {LOADED, "trainables.engine", "trainables.solo", "trainables.merge"} == {*preload}
+    with session.forked([*preload]), session.connected():
+        tasks = [wanted.options(num_cpus=2).remote(), wanted.options(num_cpus=1).remote(), by_user.remote()]
+        server = server_of(psutil.Process()).pid
+        assert ray.get(tasks) == [(server, False, threads) for threads in (2, 1, 3)]
+
+
+def test_a_fork_has_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray looks at its import which are to be seen, and forks go by what it found then."""
+
+    def told() -> tuple[int, list[Any], str]:
+        session.use_what_ray_gave()
+        return os.getppid(), ray.get_gpu_ids(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+    import ray
+
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+    with session.forked([LOADED]), session.connected():
+        server = server_of(psutil.Process()).pid
+        assert ray.get(ray.remote(num_gpus=1)(told).remote()) == (server, [0], "0")
+        assert ray.get(ray.remote(num_gpus=0)(told).remote()) == (server, [], "")
 
 
 def test_no_process_that_has_torch_forks_workers_with_gpus(definition) -> None:
     """CUDA does not survive it where torch, or what comes with it, has looked for a GPU."""
-    on_gpus, on_cpus = (loading.parse(definition(resources={"gpus_per_trial": gpus}), "test") for gpus in (1, 0))
+    on_gpus = loading.parse(definition(resources={"gpus_per_trial": 1}), "test")
     assert run._preload(on_gpus) == [LOADED]  # which has none of it, says the first test here
-    assert {"trainables.engine", "trainables.merge"} < {*run._preload(on_cpus)}
 
 
 @pytest.mark.parametrize("killed", ["driver", "raylet"])

@@ -254,13 +254,16 @@ def test_a_pass_that_broke_off_leaves_no_memory_taken(engine: Engine, admit: Adm
     assert engine.current.pack is None
 
 
-def test_no_trial_waits_for_a_number_of_its_own(engine: Engine, admit: Admit) -> None:
-    """A GPU would have nothing to do until it is asked for more."""
+def test_a_step_waits_for_numbers_once(engine: Engine, admit: Admit, monkeypatch) -> None:
+    """Until it is asked for more a GPU would have nothing to do: not for each trial, and not for each batch."""
+    lists, told = list[torch.Tensor](), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or told(tensor))
     for name in ("a", "b", "c"):
         admit(name, gradient_accumulation_steps=2)
     with _Calls() as calls:
         assert engine.advance() == []
     assert calls.asked == 0
+    assert [len(numbers) for numbers in lists] == [3 * 2 + 3], "a share of the loss for each batch, and norms"
 
 
 class _Calls(TorchDispatchMode):
