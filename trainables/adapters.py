@@ -1,7 +1,7 @@
 """What adapters add to a layer in a pass, and learn from it: one trial's by itself, or those of one rank together.
 
 By itself a trial computes the same bits whoever its neighbours are. On a GPU what a pass waits for is the number of
-calls: together they take as many as one, but for the drawing of dropout's masks.
+calls: together they take as many as one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 
 from trainables import lora
 from trainables.lora import Target
+
+_COLUMNS = 0x636F6C73
+"""Before a layer's place, and no trial's seed: what keys its columns in dropout's masks."""
 
 _MOST_PLACES = 1.5
 """For each that trials by themselves take: where they differ more in length, what is padded costs more than calls."""
@@ -53,6 +56,49 @@ class Layers(Protocol):
     """Of its weights in an adapter; None where adapters leave all of its layers alone."""
     adapted: list[tuple[int, int]]
     """Of each layer that adapters have, which of the group it is, and its place among all that they have."""
+    columns: Sequence[torch.Tensor]
+    """Of each layer that adapters have, as ``mask_columns``."""
+
+
+class Mask:
+    """Which features LoRA's dropout keeps of the tokens of one trial, or of several that lie one after the other.
+
+    No stream of draws but a hash: each token has a random word, each feature of a layer another one, and their product
+    decides. Nothing but a trial's own key and its tokens' places says what is kept, a few calls do it for all trials,
+    and the backward pass makes the same mask again, so that none is kept. The products of odd words are the family of
+    Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", 1997, by their upper bits.
+
+    Args:
+        tokens: of each trial.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], tokens: Sequence[int]) -> None:
+        device = adapters[0].vector.device
+        words = [_odd_words(adapter.key, count) for adapter, count in zip(adapters, tokens, strict=True)]
+        self._words = sent(torch.from_numpy(numpy.concatenate(words)), device)[:, None]
+        bounds = [min(round((1 - adapter.dropout) * 2**32), 2**32 - 1) - 2**31 for adapter in adapters]
+        self._bounds: torch.Tensor | int = bounds[0]
+        if len(set(bounds)) > 1:
+            own = numpy.array(bounds, numpy.int32)
+            self._bounds = sent(torch.from_numpy(numpy.repeat(own, tokens)), device)[:, None]
+
+    def of(self, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[N, d_in], 1 where a feature is kept; the adapter's scale makes up for what is not.
+
+        Args:
+            columns: [d_in], the layer's.
+        """
+        return (self._words * columns).lt_(self._bounds).to(dtype)  # in place: a CPU is slow with one bit a byte
+
+
+def mask_columns(place: int, d_in: int, device: torch.device) -> torch.Tensor:
+    """[d_in], the words of a layer's features, by the layer's place among all that adapters have."""
+    return torch.from_numpy(_odd_words((_COLUMNS, place), d_in)).to(device)
+
+
+def _odd_words(key: Sequence[int], count: int) -> numpy.ndarray:
+    """Numbers of 32 bits, as torch multiplies them, that depend on ``key`` alone."""
+    return (numpy.random.default_rng(key).integers(0, 2**32, count, numpy.uint32) | 1).view(numpy.int32)
 
 
 class Adapter(NamedTuple):
@@ -68,10 +114,17 @@ class Adapter(NamedTuple):
     layers: Sequence[Target]
     r: int
     scale: float
+    """By which all that it adds is multiplied; of what dropout keeps, too."""
     dropout: float
     """0 in evaluation."""
-    seeds: Sequence[int]
-    """Of each layer's dropout mask in this pass."""
+    key: Sequence[int]
+    """Of dropout's masks in this pass."""
+    mask: Mask | None = None
+    """Where it has dropout and works by itself."""
+
+    def alone(self, tokens: int) -> Adapter:
+        """As it works by itself on so many tokens."""
+        return self._replace(mask=Mask([self], [tokens])) if self.dropout else self
 
     def adapt(self, group: Layers, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Adds what the adapter makes of ``x``, its trial's [T, d_in], to the group's outputs.
@@ -81,10 +134,11 @@ class Adapter(NamedTuple):
         """
         assert group.place is not None
         weights, layers = self.weights[group.place], group.adapted
-        if self.dropout:
+        if self.mask:
             inner = x.new_empty(len(weights.a), len(x))
-            for (_, place), h, a in zip(layers, _by_layer(inner, layers), _by_layer(weights.a, layers), strict=True):
-                torch.mm(a, (x * self._mask(x, place)).t(), out=h)
+            own = zip(group.columns, _by_layer(inner, layers), _by_layer(weights.a, layers), strict=True)
+            for columns, h, a in own:
+                torch.mm(a, self.mask.of(columns, x.dtype).mul_(x).t(), out=h)
         else:
             inner = torch.mm(weights.a, x.t())
         for (member, _), h, b_t in zip(layers, _by_layer(inner, layers), weights.b_t, strict=True):
@@ -107,14 +161,14 @@ class Adapter(NamedTuple):
         for (member, _), h, dh, b_t, db_t in zip(layers, hs, dhs, weights.b_t, gradients.b_t, strict=True):
             torch.mm(b_t, dys[member].t(), out=dh)
             self._accumulate(db_t, h, dys[member])
-        if not self.dropout:
+        if not self.mask:
             self._accumulate(gradients.a, d_inner, x)
             if dx is not None:
                 dx.addmm_(d_inner.t(), weights.a, alpha=self.scale)
             return
-        own = zip(layers, dhs, _by_layer(weights.a, layers), _by_layer(gradients.a, layers), strict=True)
-        for (_, place), dh, a, da in own:
-            mask = self._mask(x, place)
+        own = zip(group.columns, dhs, _by_layer(weights.a, layers), _by_layer(gradients.a, layers), strict=True)
+        for columns, dh, a, da in own:
+            mask = self.mask.of(columns, x.dtype)
             self._accumulate(da, dh, x * mask)
             if dx is not None:
                 dx.addcmul_(torch.mm(dh.t(), a), mask, value=self.scale)
@@ -125,16 +179,6 @@ class Adapter(NamedTuple):
             total.addmm_(left, right, alpha=self.scale)
         else:
             total.add_(torch.mm(left, right), alpha=self.scale)
-
-    def _mask(self, x: torch.Tensor, place: int) -> torch.Tensor:
-        """LoRA's dropout of one layer. Drawn again in the backward pass, not kept: its seed gives the same one."""
-        keep = 1 - self.dropout
-        drawn = self.draw(torch.empty(x.shape, device=x.device), place)
-        return (drawn < keep).to(x.dtype) / keep
-
-    def draw(self, drawn: torch.Tensor, place: int) -> torch.Tensor:
-        """Fills it with what decides on each feature of each token, between 0 and 1."""
-        return drawn.uniform_(generator=torch.Generator(drawn.device).manual_seed(self.seeds[place]))
 
 
 class Stack:
@@ -159,9 +203,7 @@ class Stack:
             self.gradients = grouped(self.sums, first.layers, first.r)
         # in 32 bits whatever a pass computes in: 16 would make a trial's alpha another one here than by itself
         self.scales = sent(torch.tensor([adapter.scale for adapter in adapters]), device)[:, None, None]
-        if first.dropout:
-            keeps = torch.tensor([1 - adapter.dropout for adapter in adapters])
-            self.keeps = sent(keeps.repeat_interleave(torch.tensor(tokens)), device)[:, None]
+        self.mask = Mask(adapters, tokens) if first.dropout else None
         self.shape = (len(adapters), max(tokens))
         self.places = _places(tokens, device) if min(tokens) < max(tokens) else None
 
@@ -173,9 +215,10 @@ class Stack:
         """
         assert group.place is not None
         weights, layers = self.weights[group.place], group.adapted
-        if self.adapters[0].dropout:
-            by_layer = zip(layers, _by_layer(weights.a, layers, 1), strict=True)
-            inner = torch.cat([torch.bmm(self._spread(x * self._mask(x, k)), a.mT) for (_, k), a in by_layer], -1)
+        if self.mask:
+            masked = (self.mask.of(columns, x.dtype).mul_(x) for columns in group.columns)
+            by_layer = zip(masked, _by_layer(weights.a, layers, 1), strict=True)
+            inner = torch.cat([torch.bmm(self._spread(own), a.mT) for own, a in by_layer], -1)
         else:
             inner = torch.bmm(self._spread(x), weights.a.mT)
         inner *= self.scales
@@ -201,15 +244,15 @@ class Stack:
             dy = self._spread(dys[member])
             found.append(torch.bmm(dy, b_t.mT).mul_(self.scales))
             db_t += torch.bmm(h.mT, dy)
-        if not self.adapters[0].dropout:
+        if not self.mask:
             d_inner = torch.cat(found, -1)
             gradients.a.add_(torch.bmm(d_inner.mT, self._spread(x)))
             if dx is not None:
                 self._add(dx, d_inner, weights.a)
             return
-        own = zip(layers, found, _by_layer(weights.a, layers, 1), _by_layer(gradients.a, layers, 1), strict=True)
-        for (_, place), dh, a, da in own:
-            mask = self._mask(x, place)
+        own = zip(group.columns, found, _by_layer(weights.a, layers, 1), _by_layer(gradients.a, layers, 1), strict=True)
+        for columns, dh, a, da in own:
+            mask = self.mask.of(columns, x.dtype)
             da += torch.bmm(dh.mT, self._spread(x * mask))
             if dx is not None:
                 dx.addcmul_(self._joined(torch.bmm(dh, a)), mask)
@@ -238,13 +281,6 @@ class Stack:
         else:
             total.add_(self._joined(torch.bmm(left, right)))
 
-    def _mask(self, x: torch.Tensor, place: int) -> torch.Tensor:
-        """Every trial's own, as it would draw it by itself."""
-        drawn = torch.empty(x.shape, device=x.device)
-        for adapter, own in zip(self.adapters, drawn.split(self.tokens), strict=True):
-            adapter.draw(own, place)
-        return ((drawn < self.keeps) / self.keeps).to(x.dtype)
-
 
 def stacked(adapters: Sequence[Adapter], tokens: Sequence[int]) -> list[tuple[Adapter | Stack, int]]:
     """Neighbours of one rank and of about one length together, and how many tokens they have."""
@@ -254,7 +290,7 @@ def stacked(adapters: Sequence[Adapter], tokens: Sequence[int]) -> list[tuple[Ad
         members, counts = zip(*same, strict=True)
         for places in alike([1] * len(counts), counts):
             own, together = [counts[k] for k in places], [members[k] for k in places]
-            found.append((Stack(together, own) if len(own) > 1 else together[0], sum(own)))
+            found.append((Stack(together, own) if len(own) > 1 else together[0].alone(*own), sum(own)))
     return found
 
 

@@ -63,19 +63,9 @@ def initial_weights(layers: list[Target], r: int, seed: int) -> dict[str, Pair]:
     pairs: dict[str, Pair] = {}
     for place, layer in enumerate(layers):
         a = torch.empty(r, layer.d_in)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator("cpu", seed, place))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=_generator(seed, place))
         pairs[layer.name] = (a, torch.zeros(layer.d_out, r))
     return pairs
-
-
-def generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """Random numbers that depend on ``key`` alone."""
-    return torch.Generator(device).manual_seed(seeds(1, *key)[0])
-
-
-def seeds(count: int, *key: int) -> list[int]:
-    """So many seeds that depend on ``key`` alone."""
-    return numpy.random.SeedSequence(key).generate_state(count, numpy.uint64).tolist()
 
 
 def config(training: TrainingSpec) -> LoraConfig:
@@ -108,3 +98,8 @@ def load(directory: Path, layers: list[Target]) -> dict[str, Pair]:
     stored = load_file(directory / WEIGHTS)
     key = "base_model.model.{}.lora_{}.weight"
     return {layer.name: (stored[key.format(layer.name, "A")], stored[key.format(layer.name, "B")]) for layer in layers}
+
+
+def _generator(*key: int) -> torch.Generator:
+    """Random numbers that depend on ``key`` alone."""
+    return torch.Generator().manual_seed(int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from trainables.adapters import Adapter, Stack, alike, sent, stacked
+from trainables.adapters import Adapter, Stack, alike, mask_columns, sent, stacked
 from trainables.contract import CannotPack
 
 ATTENTION = "winnow_packed"
@@ -89,8 +90,9 @@ def pack(batches: Sequence[tuple[Adapter, Sequence[Example]]], device: torch.dev
     predicting = numpy.flatnonzero(following != -100)
     learned = numpy.diff(numpy.searchsorted(predicting, tokens.cumsum()), prepend=0).tolist()
     next_ids = _on(device, following[predicting]).split(learned)
-    own = [adapter for adapter, _ in batches]
-    shared = stacked(own, tokens.tolist()) if at_once else list(zip(own, tokens.tolist(), strict=True))
+    own, shares = [adapter for adapter, _ in batches], tokens.tolist()
+    apart = ((adapter.alone(share), share) for adapter, share in zip(own, shares, strict=True))
+    shared = stacked(own, shares) if at_once else list(apart)
     return Pack(
         input_ids=sent(torch.cat([example.input_ids for example in rows]), device),
         positions=_on(device, positions),
@@ -246,6 +248,11 @@ class Group:
         self.layers: list[PackedLinear] = []
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
+
+    @cached_property
+    def columns(self) -> list[torch.Tensor]:
+        own = [(place, self.layers[member].layer) for member, place in self.adapted]
+        return [mask_columns(place, layer.in_features, layer.weight.device) for place, layer in own]
 
     def output(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Of one layer; the first that is asked for an ``x`` computes all, which a model asks for next."""

@@ -121,7 +121,6 @@ class Slot:
             self.computing.copy_(self.vector)
         learns = micro_batch is not None
         dropout = training.lora_dropout if learns else 0.0
-        key = (_DROPOUT, training.seed, self.progress.step, micro_batch or 0)
         return Adapter(
             vector=self.computing,
             gradient=self.vector.grad if learns else None,
@@ -129,9 +128,9 @@ class Slot:
             gradients=self.group_gradients,
             layers=self.layers,
             r=training.r,
-            scale=training.alpha / training.r,
+            scale=training.alpha / training.r / (1 - dropout),
             dropout=dropout,
-            seeds=lora.seeds(len(self.layers), *key) if dropout else (),
+            key=(_DROPOUT, training.seed, self.progress.step, micro_batch or 0),
         )
 
     def micro_batches(self) -> list[list[int]]:

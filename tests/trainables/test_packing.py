@@ -193,14 +193,15 @@ def test_neighbours_of_one_rank_and_about_one_length_share_their_calls(engine: E
     assert order[2] == len(MIXED) - 1
 
 
-def test_calls_at_once_do_not_grow_with_trials(make) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_calls_at_once_do_not_grow_with_trials(dropout: float, make) -> None:
     """But for what is done once for each: its loss, and its way into the pass and out of it."""
     counts: dict[tuple[bool, int], int] = {}
     for at_once in (False, True):
         for trials in (2, 6):
             engine = make()
             engine.at_once = at_once
-            slots = [_admit(engine, str(seed), seed=seed) for seed in range(trials)]
+            slots = [_admit(engine, str(seed), seed=seed, lora_dropout=dropout) for seed in range(trials)]
             with _Calls() as calls:
                 engine.learn(slots)
             counts[at_once, trials] = calls.count
