@@ -16,7 +16,8 @@ from ray.tune import Checkpoint
 
 def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from: dict[str, str]) -> None:
     """Eight steps of falling loss. ``r`` chooses what goes wrong: 1 NaN, 2 no loss, 3 raises, 4 dies once, 5 nothing
-    reported, 6 out of memory, 7 tells of its process; 8 and up nothing. Higher learning rates end lower.
+    reported, 6 out of memory, 7 tells of its process; 8 and up nothing. 20 is at a rung with its engine's others first,
+    and then says nothing for long; 21 comes there after it. Higher learning rates end lower.
     """
     r, start = config["r"], _start(resume_from.get(config["trial_id"]))
     time.sleep(0.3)
@@ -30,13 +31,20 @@ def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from
     if r == 7:
         tune.report({"failure_reason": "error", "failure_message": ray.get_runtime_context().get_runtime_env_string()})
         return
+    passed = Path(tune.get_context().get_trial_dir()).parent / "passed"
+    for _ in range(600 if r == 21 else 0):
+        if not passed.exists():
+            time.sleep(0.05)
     for step in range(start + 1, 9):
         if r == 4 and step == 5 and start == 0:
             os._exit(1)
         loss: float | None = 3.0 / step - config["learning_rate"]
         if r == 1 and step == 2:
             loss = float("nan")
-        _report(step, loss, with_loss=r != 2)
+        _report(step, loss, with_loss=r != 2, beside=r in (20, 21))
+        if r == 20 and step == 2:
+            passed.touch()
+            time.sleep(5)
 
 
 def _start(handed: str | None) -> int:
@@ -45,11 +53,13 @@ def _start(handed: str | None) -> int:
     return json.loads((Path(path) / "state.json").read_text())["step"] if path else 0
 
 
-def _report(step: int, loss: float | None, with_loss: bool) -> None:
-    from trainables.contract import seal
+def _report(step: int, loss: float | None, with_loss: bool, beside: bool) -> None:
+    from trainables.contract import Peer, seal
 
     facts: dict[str, Any] = {"step": step, "epoch": step / 4, "trained_tokens": 100 * step}
     facts |= {"seconds": 0.1 * step, "device_seconds": 0.1 * step}
+    if beside:
+        facts["peers"] = (Peer("another", 0, 9.9),)
     if with_loss:
         facts["eval_loss"] = loss
     with tempfile.TemporaryDirectory() as scratch:

@@ -136,7 +136,8 @@ def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> W
     spec = definition.scheduler
     an_epoch = steps_per_epoch(data.count("train"), definition.training.effective_batch)
     grace = spec.grace_period * an_epoch if definition.stops_early else 0
-    return WatchedASHA(ledger, grace, definition.longest_trial_epochs * an_epoch, spec.reduction_factor)
+    longest, epochs = definition.longest_trial_epochs * an_epoch, definition.training.num_train_epochs
+    return WatchedASHA(ledger, grace, longest, spec.reduction_factor, epochs)
 
 
 def _tuner(

@@ -25,12 +25,19 @@ class WatchedASHA(AsyncHyperBandScheduler):
     it is, and then any that is better than most before it. It goes on for ever with a NaN loss and raises on a missing
     one.
 
+    Engines come to a rung one shortly after the other, and the first passes its own best. So a trial that passed with
+    its engine's others is stopped after all where the next engines' show it to be none of the best, until it has
+    something newer to be known by.
+
     Args:
         grace_steps: first rung, in steps of the shared axis, not always whole; 0 turns early stopping off.
         max_steps: the longest trial, in the same steps.
+        epochs: of a trial whose parameters have none.
     """
 
-    def __init__(self, ledger: Ledger, grace_steps: float, max_steps: float, reduction_factor: float) -> None:
+    def __init__(
+        self, ledger: Ledger, grace_steps: float, max_steps: float, reduction_factor: float, epochs: float
+    ) -> None:
         super().__init__(
             time_attr="step",
             metric="eval_loss",
@@ -40,8 +47,9 @@ class WatchedASHA(AsyncHyperBandScheduler):
             reduction_factor=reduction_factor,
             stop_last_trials=False,
         )
-        self.ledger, self.is_on = ledger, grace_steps > 0
+        self.ledger, self.is_on, self.epochs = ledger, grace_steps > 0, epochs
         self._tunes = dict[str, str]()  # Tune's name of a trial, by its own
+        self._passed = dict[str, tuple[Trial, dict[str, float]]]()  # with its last report, by Tune's name, and the rung
 
     @property
     def _rungs(self) -> list[tuple[float, dict[str, float]]]:
@@ -77,10 +85,35 @@ class WatchedASHA(AsyncHyperBandScheduler):
             return TrialScheduler.CONTINUE
         self._await(result.get("peers", ()))
         self._turn_of(trial)
+        rung = self._rung(result["step"])
+        passes = rung is not None and trial.trial_id not in rung
         decision = super().on_trial_result(tune_controller, trial, result)
+        self._passed.pop(trial.trial_id, None)
         if decision == TrialScheduler.STOP:
             self.ledger.write(trial.trial_id, Verdict("PRUNED"))
+        elif rung is not None and passes and result.get("peers") and not self._is_last(trial, result):
+            self._passed[trial.trial_id] = trial, rung
+        self._take_back(tune_controller, trial)
         return decision
+
+    def _rung(self, step: float) -> dict[str, float] | None:
+        """The highest that a report of this step reaches, as Ray has it."""
+        return next((recorded for milestone, recorded in self._rungs if step >= milestone), None)
+
+    def _is_last(self, trial: Trial, result: dict[str, Any]) -> bool:
+        """Whether nothing is left to stop."""
+        return result["epoch"] >= trial.config.get("num_train_epochs", self.epochs)
+
+    def _take_back(self, tune_controller: Any, judged: Trial) -> None:
+        """Stop whoever has passed a rung that has filled since, and would not pass it now."""
+        for name, (trial, rung) in list(self._passed.items()):
+            others = {other: value for other, value in rung.items() if other != name}
+            cutoff = self._brackets[0].cutoff(others)
+            if trial is judged or trial.status != Trial.RUNNING or cutoff is None or rung[name] >= cutoff:
+                continue
+            del self._passed[name]
+            self.ledger.write(name, Verdict("PRUNED"))
+            tune_controller.stop_trial(trial)
 
     def _await(self, peers: Iterable[Peer]) -> None:
         """Put reports on their rungs that may be judged later: under their trials' own names, not yet under Tune's."""
@@ -88,8 +121,7 @@ class WatchedASHA(AsyncHyperBandScheduler):
             tunes = self._tunes.get(peer.trial_id)
             if tunes in self.ledger.verdicts:  # an engine trains on while it is judged: that never was on a rung
                 continue
-            reached = (recorded for milestone, recorded in self._rungs if peer.step >= milestone)
-            highest = next(reached, None)  # as Ray does with a report
+            highest = self._rung(peer.step)
             if highest is not None and tunes not in highest:
                 highest[peer.trial_id] = -peer.eval_loss
 
@@ -99,6 +131,7 @@ class WatchedASHA(AsyncHyperBandScheduler):
             recorded.pop(trial.config["trial_id"], None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._passed.pop(trial.trial_id, None)
         if not _unusable(result):
             super().on_trial_complete(tune_controller, trial, result)
 

@@ -1,4 +1,6 @@
-"""ASHA over reports of engines: what was evaluated together is judged together, in whatever order it is told."""
+"""ASHA over reports of engines: what was evaluated together is judged together, in whatever order it is told, and who
+came to a rung before others goes no further than with them.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,23 @@ from trainables.contract import Peer
 
 
 class Search:
-    """A scheduler with rungs at steps 10 and 30, and trials that report what they are told to."""
+    """A scheduler with rungs at steps 10 and 30, and trials that report what they are told to; 10 steps an epoch."""
 
     def __init__(self, trials: str, reduction_factor: float = 3) -> None:
-        self.asha = WatchedASHA(Ledger(), grace_steps=10, max_steps=40, reduction_factor=reduction_factor)
+        self.asha = WatchedASHA(Ledger(), grace_steps=10, max_steps=40, reduction_factor=reduction_factor, epochs=4)
         self.trials: dict[str, Any] = {}
+        self.stopped = ""
         self.begin(*trials)
+
+    def stop_trial(self, trial: Any) -> None:
+        """Tune's, of one that is not being judged."""
+        assert self.asha.ledger.read(trial.trial_id).state == "PRUNED"
+        trial.status = "TERMINATED"
+        self.stopped += trial.config["trial_id"]
 
     def begin(self, *trials: str) -> None:
         for name in trials:
-            self.trials[name] = SimpleNamespace(trial_id=f"tune-{name}", config={"trial_id": name})
+            self.trials[name] = SimpleNamespace(trial_id=f"tune-{name}", config={"trial_id": name}, status="RUNNING")
             self.asha.on_trial_add(None, self.trials[name])
 
     def together(self, losses: dict[str, float], step: int = 10, peers: bool = True, told: Any = None) -> str:
@@ -32,8 +41,8 @@ class Search:
         passed = ""
         for name in told or losses:
             beside = tuple(Peer(other, step, loss) for other, loss in losses.items() if other != name)
-            result = {"step": step, "eval_loss": losses[name], "peers": beside if peers else ()}
-            decision = self.asha.on_trial_result(None, self.trials[name], result)
+            result = {"step": step, "epoch": step / 10, "eval_loss": losses[name], "peers": beside if peers else ()}
+            decision = self.asha.on_trial_result(self, self.trials[name], result)
             passed += name if decision == "CONTINUE" else ""
         return "".join(sorted(passed))
 
@@ -59,6 +68,53 @@ def test_a_later_pass_is_compared_with_all_of_earlier_ones(told: str) -> None:
     assert search.together(falling("abcdef")) == "ab"
     later = {name: loss + 0.05 for name, loss in falling("ghijkl").items()}
     assert search.together(later, told=told) == "gh", "of a1.0 g1.05 b1.1 h1.15 c1.2 i1.25 ... four of twelve go on"
+
+
+FIRST, NEXT = falling("abcdef"), {name: loss - 0.15 for name, loss in falling("ghijkl").items()}
+"""Reports of two engines: g0.85 h0.95 a1.0 i1.05 b1.1 ..., of which four of twelve go on."""
+
+
+@pytest.mark.parametrize("told", ["ghijkl", "lkjihg"])
+def test_who_passed_before_the_rung_had_filled_is_stopped_after_all(told: str) -> None:
+    search = Search("abcdefghijkl")
+    assert search.together(FIRST) == "ab"
+    assert search.stopped == ""
+    assert search.together(NEXT, told=told) == "ghi"
+    assert search.stopped == "b"
+
+
+def test_what_a_trial_has_shown_since_counts_for_more() -> None:
+    search = Search("abcdefghijkl")
+    assert search.together(FIRST) == "ab"
+    assert search.together({"a": 0.5, "b": 0.6}, step=20) == "ab"
+    search.together(NEXT)
+    assert search.stopped == ""
+
+
+def test_a_trial_that_has_nothing_left_to_train_is_not_stopped() -> None:
+    search = Search("abcdefghijkl")
+    search.trials["b"].config["num_train_epochs"] = 1
+    assert search.together(FIRST) == "ab"
+    search.together(NEXT)
+    assert search.stopped == ""
+
+
+@pytest.mark.parametrize("status", ["PENDING", "TERMINATED"])
+def test_a_trial_that_does_not_run_is_not_stopped(status: str) -> None:
+    """It may have lost its process, and come back; then it is what it was."""
+    search = Search("abcdefghijkl")
+    assert search.together(FIRST) == "ab"
+    search.trials["b"].status = status
+    search.together(NEXT)
+    assert search.stopped == ""
+
+
+def test_trials_without_an_engine_are_judged_once_as_ray_does() -> None:
+    search = Search("abcdefghijkl")
+    passed = search.together(FIRST, told="fedcba", peers=False)
+    assert passed == "abcdef"
+    search.together(NEXT, peers=False)
+    assert search.stopped == ""
 
 
 def test_a_trial_is_judged_once_at_a_rung_and_again_at_the_next() -> None:
@@ -105,8 +161,8 @@ def test_what_a_stopped_trial_learned_meanwhile_stands_on_no_rung() -> None:
 
 def test_peers_of_different_rungs_are_not_compared() -> None:
     search = Search("ab")
-    result = {"step": 10, "eval_loss": 2.0, "peers": (Peer("b", 30, 0.1),)}
-    assert search.asha.on_trial_result(None, search.trials["a"], result) == "CONTINUE"
+    result = {"step": 10, "epoch": 1.0, "eval_loss": 2.0, "peers": (Peer("b", 30, 0.1),)}
+    assert search.asha.on_trial_result(search, search.trials["a"], result) == "CONTINUE"
     low, high = reversed([recorded for _, recorded in search.asha._rungs])
     assert (low, high) == ({"tune-a": -2.0}, {"b": -0.1})
 

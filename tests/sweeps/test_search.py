@@ -74,6 +74,12 @@ def test_pruned_is_pruned_with_its_intermediate_values(search) -> None:
     assert studies.best(records) == records[0]
 
 
+def test_a_trial_that_passed_too_early_is_pruned_where_it_stands(search) -> None:
+    _, records = search([21, 20, 8], scheduler={"grace_period": 0.5, "reduction_factor": 2})
+    assert [record.state for record in records] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert sorted(in_optuna()[1].intermediate_values) == [1, 2]
+
+
 def test_each_failure_stays_its_own_trials(search) -> None:
     _, records = search([1, 2, 3, 5, 6, 8], scheduler={"type": "none"}, search={"max_failures": 0})
     assert [(record.state, record.reason) for record in records] == [
