@@ -16,6 +16,7 @@ from sweeps.definition import SweepDefinition, is_gate_metric
 from trainables import answers, base, metrics
 from trainables.data import prepare, suites
 from trainables.data.snapshot import Snapshot, answered, summary_line
+from trainables.spec import BaseModelSpec
 
 _PAIRS_SHOWN = 20
 _ENOUGH = 100
@@ -26,16 +27,28 @@ def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
     """The snapshot, made now or found from before; its page stands beside it, also where the data is refused.
 
     Raises:
-        ValueError: the data cannot be read, has errors, or has nothing that the gate could compare.
+        ValueError: the data cannot be read, has errors, has tokens that the base does not know, or has nothing that
+            the gate could compare.
     """
     manifest, made = examined(definition, log)
     try:
         data = prepare.accepted(manifest, made, log)
     except ValueError as error:
         raise ValueError(f"{error}; all of it: {paths.data_page(manifest['dataset_hash'])}") from None
+    _check_tokens(definition.base_model, data)
     _check_gate(definition, data)
     log(summary_line(data))
     return data
+
+
+def _check_tokens(spec: BaseModelSpec, data: Snapshot) -> None:
+    """The base has an embedding for each: on a GPU one that it has not ends an engine's process, with all trials."""
+    known, highest = base.vocabulary(spec), data.highest_token()
+    if highest >= known:
+        raise ValueError(
+            f"base_model: must have embeddings for every token that its tokenizer makes of the data, but has {known} "
+            f"and the data has token {highest}; take the tokenizer that it was trained with, or resize its embeddings"
+        )
 
 
 def _check_gate(definition: SweepDefinition, data: Snapshot) -> None:

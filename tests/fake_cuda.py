@@ -240,8 +240,8 @@ def main(directory: str, quantization: str) -> None:
         steps, events = list[dict[str, Any]](), list[str]()
         while engine.slots:
             seen.taken()
-            found = engine.advance()
-            steps.append({"evaluated": bool(found), **seen.taken()})
+            before, found = engine.counters.passes, engine.advance()
+            steps.append({"evaluated": bool(found), "passes": engine.counters.passes - before, **seen.taken()})
             events += [getattr(event, "message", "evaluated") for event in found]
     print(json.dumps({"steps": steps, "events": events}))
 

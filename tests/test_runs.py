@@ -402,6 +402,18 @@ def test_a_base_that_packed_trials_would_compute_otherwise_is_trained_solo(
     )
 
 
+def test_a_base_without_embeddings_for_the_datas_tokens_is_refused_before_anything_trains(
+    home: Path, tiny, definition, write, tmp_path: Path
+) -> None:
+    small = another_base(tiny, tmp_path / "base", vocab_size=100).model_name_or_path
+    refused = winnow("sweeps", "run", write(definition(base_model={"model_name_or_path": small})))
+    assert refused.returncode == 2
+    last = refused.stderr.splitlines()[-1]
+    assert last.startswith("error: base_model: must have embeddings for every token that its tokenizer makes")
+    assert "but has 100 and the data has token" in last
+    assert not (home / "runs").exists()
+
+
 def test_runs_that_do_not_exist(home: Path) -> None:
     for command in ("resume", "status", "report", "promote", "gate", "review"):
         done = winnow("sweeps", command, "nowhere")

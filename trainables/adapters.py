@@ -216,9 +216,10 @@ class Stack:
         assert group.place is not None
         weights, layers = self.weights[group.place], group.adapted
         if self.mask:
-            masked = (self.mask.of(columns, x.dtype).mul_(x) for columns in group.columns)
-            by_layer = zip(masked, _by_layer(weights.a, layers, 1), strict=True)
-            inner = torch.cat([torch.bmm(self._spread(own), a.mT) for own, a in by_layer], -1)
+            mask, by_layer = self.mask, zip(group.columns, _by_layer(weights.a, layers, 1), strict=True)
+            inner = torch.cat(
+                [torch.bmm(self._spread(mask.of(columns, x.dtype).mul_(x)), a.mT) for columns, a in by_layer], -1
+            )
         else:
             inner = torch.bmm(self._spread(x), weights.a.mT)
         inner *= self.scales

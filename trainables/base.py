@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from cluster import paths
 from trainables.contract import TrialFailure
@@ -41,6 +41,21 @@ def load_tokenizer(spec: BaseModelSpec) -> Any:
         raise ValueError(f"base_model: {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary(spec: BaseModelSpec) -> int:
+    """How many tokens the base has embeddings for; loads no weights.
+
+    Raises:
+        ValueError: the directory or hub id holds no model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base_model: {spec.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    return config.get_text_config().vocab_size
 
 
 def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:

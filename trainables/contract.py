@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,10 +72,20 @@ class Report:
     best_eval_loss: float
     peers: tuple[Peer, ...] = ()
     """Beside which the trial was evaluated: whoever judges it may judge them together."""
+    last: bool = False
+    """The trial has come to its end with it."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What the report says of its own trial."""
-        return {name: value for name, value in asdict(self).items() if name != "peers"}
+        """What the report says of its own trial's training."""
+        return {name: value for name, value in asdict(self).items() if name in REPORTED}
+
+    def for_its_judge(self) -> dict[str, Any]:
+        """What else whoever judges it needs to know."""
+        return {"peers": self.peers, "last": self.last}
+
+
+REPORTED = tuple(field.name for field in fields(Report) if field.name not in ("peers", "last"))
+"""What is kept of a report."""
 
 
 ReportFunction = Callable[[Report, Path], None]

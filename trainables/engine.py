@@ -89,6 +89,7 @@ class Counters:
     idle_slot_steps: int = 0
     """Of slots that a new trial came to later; what none is left to fill at the end of a sweep is no delay."""
     steps_past_stop: int = 0
+    """Of evicted trials, since their last report: learned while that was judged, or before a pass was taken back."""
     splits: int = 0
 
 

@@ -134,9 +134,13 @@ def _lost(account: dict[str, Any]) -> dict[str, Any]:
     return account | {"stays": [stay | until if stay["left_s"] is None else stay for stay in account["stays"]]}
 
 
-def evict(engines: Sequence[ray.actor.ActorHandle], trial_id: str) -> list[ray.ObjectRef]:
-    """Free a trial's slot and any that is kept for it; does not wait for it."""
-    return [engine.evict.remote(trial_id) for engine in engines]
+def evict(engines: Sequence[ray.actor.ActorHandle], trial_id: str, for_good: bool = False) -> list[ray.ObjectRef]:
+    """Free a trial's slot and any that is kept for it; does not wait for it.
+
+    Args:
+        for_good: the trial is over, wherever it is on its way to.
+    """
+    return [engine.evict.remote(trial_id, for_good) for engine in engines]
 
 
 def even_out(engines: Sequence[ray.actor.ActorHandle], judged: str, goes_on: bool) -> None:
@@ -205,6 +209,7 @@ class EngineHost:
         self.outboxes = Outboxes()
         self.buckets: dict[str, Bucket] = {}
         self.expected = set[str]()
+        self.over = set[str]()
         self.leaving: dict[str, int] = {}
         self.arriving: list[tuple[TrialConfig, dict[str, bytes] | None]] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -245,8 +250,12 @@ class EngineHost:
         return self.engine.capacity
 
     def reserve(self, trial_id: str, bucket: Bucket, moves: bool = False) -> bool:
-        """Keep a slot for a trial, if one is free; one that ``moves`` here must have left before it comes back."""
+        """Keep a slot for a trial, if one is free; one that ``moves`` here must have left before it comes back. A trial
+        that is over needs none.
+        """
         with self.changed:
+            if trial_id in self.over:
+                return not moves
             known = trial_id in self.outboxes
             if (known and moves) or (not known and len(self.outboxes) >= self.engine.capacity):
                 return False
@@ -271,13 +280,13 @@ class EngineHost:
     def train(self, config: TrialConfig, checkpoint: dict[str, bytes] | None) -> Iterator[Message]:
         """Train in the slot reserved for the trial, from a checkpoint's files where there are some."""
         with self.changed:
-            outbox = self.outboxes.get(config.trial_id)
+            over, outbox = config.trial_id in self.over, self.outboxes.get(config.trial_id)
             if outbox is not None:
                 self.expected.discard(config.trial_id)
                 self.arriving.append((config, checkpoint))
                 self.changed.notify()
         if outbox is None:
-            yield "moved", None, checkpoint  # to anywhere: the reservation is lost
+            yield END if over else ("moved", None, checkpoint)  # to anywhere: the reservation is lost
             return
         while True:
             message = outbox.get()
@@ -285,9 +294,11 @@ class EngineHost:
             if message[0] != "report":
                 return
 
-    def evict(self, trial_id: str) -> None:
-        """Free a trial's slot before the next step. A trial that is not here is none of its business."""
+    def evict(self, trial_id: str, for_good: bool = False) -> None:
+        """Free a trial's slot before the next step. Of a trial that is not here it only takes note, if that is over."""
         with self.changed:
+            if for_good:
+                self.over.add(trial_id)
             self.arriving = [arrival for arrival in self.arriving if arrival[0].trial_id != trial_id]
             self.leaving.pop(trial_id, None)
             self.expected.discard(trial_id)

@@ -275,7 +275,7 @@ class Group:
 
 
 class _AdaptedLinears(torch.autograd.Function):
-    """y = x W' + b + scale * drop(x) A' B' in each layer of a group, for one trial or one stack after the other.
+    """y = x W' + b + scale * (mask * x) A' B' in each layer of a group, for one trial or one stack after the other.
 
     Gradients of A and B go straight to their owner's, or to their stack's.
     """

@@ -186,6 +186,7 @@ class Slot:
             seconds=progress.seconds,
             device_seconds=progress.device_seconds,
             best_eval_loss=best,
+            last=self.ended,
         )
 
     def export(self, directory: Path) -> None:

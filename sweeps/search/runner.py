@@ -136,8 +136,7 @@ def _scheduler(definition: SweepDefinition, data: Snapshot, ledger: Ledger) -> W
     spec = definition.scheduler
     an_epoch = steps_per_epoch(data.count("train"), definition.training.effective_batch)
     grace = spec.grace_period * an_epoch if definition.stops_early else 0
-    longest, epochs = definition.longest_trial_epochs * an_epoch, definition.training.num_train_epochs
-    return WatchedASHA(ledger, grace, longest, spec.reduction_factor, epochs)
+    return WatchedASHA(ledger, grace, definition.longest_trial_epochs * an_epoch, spec.reduction_factor)
 
 
 def _tuner(
@@ -206,7 +205,7 @@ class _Slots(tune.Callback):
         self.accounts, self.engines, self.trials = accounts, accounts.engines, trials
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        host.evict(self.engines, trial.config["trial_id"])
+        host.evict(self.engines, trial.config["trial_id"], for_good=True)
         self._even_out(trials, trial, goes_on=False)
 
     on_trial_error = on_trial_complete

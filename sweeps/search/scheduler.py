@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -15,6 +15,14 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from sweeps.search.ledger import Ledger, Verdict
 from sweeps.search.study import TrialRecord
 from trainables.contract import Peer
+
+
+class _Pass(NamedTuple):
+    """Of a trial beside others of its engine: the rung, and the step at which it came there."""
+
+    trial: Trial
+    rung: dict[str, float]
+    step: float
 
 
 class WatchedASHA(AsyncHyperBandScheduler):
@@ -32,12 +40,9 @@ class WatchedASHA(AsyncHyperBandScheduler):
     Args:
         grace_steps: first rung, in steps of the shared axis, not always whole; 0 turns early stopping off.
         max_steps: the longest trial, in the same steps.
-        epochs: of a trial whose parameters have none.
     """
 
-    def __init__(
-        self, ledger: Ledger, grace_steps: float, max_steps: float, reduction_factor: float, epochs: float
-    ) -> None:
+    def __init__(self, ledger: Ledger, grace_steps: float, max_steps: float, reduction_factor: float) -> None:
         super().__init__(
             time_attr="step",
             metric="eval_loss",
@@ -47,9 +52,9 @@ class WatchedASHA(AsyncHyperBandScheduler):
             reduction_factor=reduction_factor,
             stop_last_trials=False,
         )
-        self.ledger, self.is_on, self.epochs = ledger, grace_steps > 0, epochs
+        self.ledger, self.is_on = ledger, grace_steps > 0
         self._tunes = dict[str, str]()  # Tune's name of a trial, by its own
-        self._passed = dict[str, tuple[Trial, dict[str, float]]]()  # with its last report, by Tune's name, and the rung
+        self._passed = dict[str, _Pass]()  # of trials that nothing newer is known of, by Tune's name
 
     @property
     def _rungs(self) -> list[tuple[float, dict[str, float]]]:
@@ -91,8 +96,8 @@ class WatchedASHA(AsyncHyperBandScheduler):
         self._passed.pop(trial.trial_id, None)
         if decision == TrialScheduler.STOP:
             self.ledger.write(trial.trial_id, Verdict("PRUNED"))
-        elif rung is not None and passes and result.get("peers") and not self._is_last(trial, result):
-            self._passed[trial.trial_id] = trial, rung
+        elif rung is not None and passes and result.get("peers") and not result["last"]:
+            self._passed[trial.trial_id] = _Pass(trial, rung, result["step"])
         self._take_back(tune_controller, trial)
         return decision
 
@@ -100,25 +105,22 @@ class WatchedASHA(AsyncHyperBandScheduler):
         """The highest that a report of this step reaches, as Ray has it."""
         return next((recorded for milestone, recorded in self._rungs if step >= milestone), None)
 
-    def _is_last(self, trial: Trial, result: dict[str, Any]) -> bool:
-        """Whether nothing is left to stop."""
-        return result["epoch"] >= trial.config.get("num_train_epochs", self.epochs)
-
     def _take_back(self, tune_controller: Any, judged: Trial) -> None:
         """Stop whoever has passed a rung that has filled since, and would not pass it now."""
-        for name, (trial, rung) in list(self._passed.items()):
+        for name, (trial, rung, _) in list(self._passed.items()):
             others = {other: value for other, value in rung.items() if other != name}
-            cutoff = self._brackets[0].cutoff(others)
+            cutoff: Any = self._brackets[0].cutoff(others)  # type: ignore[arg-type]
             if trial is judged or trial.status != Trial.RUNNING or cutoff is None or rung[name] >= cutoff:
                 continue
-            del self._passed[name]
             self.ledger.write(name, Verdict("PRUNED"))
             tune_controller.stop_trial(trial)
 
     def _await(self, peers: Iterable[Peer]) -> None:
         """Put reports on their rungs that may be judged later: under their trials' own names, not yet under Tune's."""
         for peer in peers:
-            tunes = self._tunes.get(peer.trial_id)
+            tunes = self._tunes.get(peer.trial_id, "")
+            if tunes in self._passed and peer.step > self._passed[tunes].step:
+                del self._passed[tunes]
             if tunes in self.ledger.verdicts:  # an engine trains on while it is judged: that never was on a rung
                 continue
             highest = self._rung(peer.step)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from cluster import paths
 from sweeps.definition import TrackingSpec
 from sweeps.search.ledger import Ledger
 from sweeps.search.study import TrialRecord
-from trainables.contract import Report
+from trainables.contract import REPORTED
 
 _COLUMNS = ("trial_id", "state", "reason", "eval_loss", "steps", "trained_tokens", "seconds")
-_REPORTED = [field.name for field in fields(Report) if field.name != "peers"]
 _OF_ONE_RUN = {"WANDB_RUN_ID", "WANDB_SERVICE"}
 """Of W&B's environment: one run's id, and the process that writes the driver's own."""
 
@@ -113,7 +111,7 @@ class TrialTracking(Callback):
     ) -> None:
         if "step" in result:  # a failure, told as a result, has none
             measured = {f"measured/{name}": value for name, value in result.get("measured", {}).items()}
-            values = {name: result[name] for name in _REPORTED if name in result} | measured
+            values = {name: result[name] for name in REPORTED if name in result} | measured
             self.runs.log.remote(trial.config["trial_id"], values, result["step"])
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

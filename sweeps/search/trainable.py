@@ -82,7 +82,7 @@ class _Reports:
         if self.adapter:
             shutil.rmtree(self.adapter, ignore_errors=True)
             shutil.copytree(checkpoint / ADAPTER, self.adapter)
-        tune.report(self.last | {"peers": report.peers}, checkpoint=Checkpoint.from_directory(checkpoint))
+        tune.report(self.last | report.for_its_judge(), checkpoint=Checkpoint.from_directory(checkpoint))
 
 
 def _measure(

@@ -17,10 +17,10 @@ from trainables.contract import Peer
 
 
 class Search:
-    """A scheduler with rungs at steps 10 and 30, and trials that report what they are told to; 10 steps an epoch."""
+    """A scheduler with rungs at steps 10 and 30, and trials that report what they are told to."""
 
     def __init__(self, trials: str, reduction_factor: float = 3) -> None:
-        self.asha = WatchedASHA(Ledger(), grace_steps=10, max_steps=40, reduction_factor=reduction_factor, epochs=4)
+        self.asha = WatchedASHA(Ledger(), grace_steps=10, max_steps=40, reduction_factor=reduction_factor)
         self.trials: dict[str, Any] = {}
         self.stopped = ""
         self.begin(*trials)
@@ -28,6 +28,7 @@ class Search:
     def stop_trial(self, trial: Any) -> None:
         """Tune's, of one that is not being judged."""
         assert self.asha.ledger.read(trial.trial_id).state == "PRUNED"
+        self.asha.on_trial_complete(self, trial, trial.last_result)
         trial.status = "TERMINATED"
         self.stopped += trial.config["trial_id"]
 
@@ -36,13 +37,16 @@ class Search:
             self.trials[name] = SimpleNamespace(trial_id=f"tune-{name}", config={"trial_id": name}, status="RUNNING")
             self.asha.on_trial_add(None, self.trials[name])
 
-    def together(self, losses: dict[str, float], step: int = 10, peers: bool = True, told: Any = None) -> str:
+    def together(
+        self, losses: dict[str, float], step: int = 10, peers: bool = True, told: Any = None, last: str = ""
+    ) -> str:
         """Reports out of one pass, judged in the order ``told``; the names of those that go on."""
         passed = ""
         for name in told or losses:
             beside = tuple(Peer(other, step, loss) for other, loss in losses.items() if other != name)
-            result = {"step": step, "epoch": step / 10, "eval_loss": losses[name], "peers": beside if peers else ()}
+            result = {"step": step, "eval_loss": losses[name], "peers": beside if peers else (), "last": name in last}
             decision = self.asha.on_trial_result(self, self.trials[name], result)
+            self.trials[name].last_result = result
             passed += name if decision == "CONTINUE" else ""
         return "".join(sorted(passed))
 
@@ -91,10 +95,19 @@ def test_what_a_trial_has_shown_since_counts_for_more() -> None:
     assert search.stopped == ""
 
 
+def test_what_a_trial_has_shown_counts_before_its_own_report_is_judged() -> None:
+    search = Search("abcdefghijkl")
+    assert search.together(FIRST) == "ab"
+    assert search.together({"a": 0.5, "b": 0.6}, step=30, told="a") == "a"
+    search.together(NEXT)
+    assert search.stopped == ""
+    assert search.together({"a": 0.5, "b": 0.6}, step=30, told="b") == ""
+    assert set(search.asha._rungs[0][1]) == {"tune-a", "tune-b"}
+
+
 def test_a_trial_that_has_nothing_left_to_train_is_not_stopped() -> None:
     search = Search("abcdefghijkl")
-    search.trials["b"].config["num_train_epochs"] = 1
-    assert search.together(FIRST) == "ab"
+    assert search.together(FIRST, last="b") == "ab"
     search.together(NEXT)
     assert search.stopped == ""
 
@@ -161,7 +174,7 @@ def test_what_a_stopped_trial_learned_meanwhile_stands_on_no_rung() -> None:
 
 def test_peers_of_different_rungs_are_not_compared() -> None:
     search = Search("ab")
-    result = {"step": 10, "epoch": 1.0, "eval_loss": 2.0, "peers": (Peer("b", 30, 0.1),)}
+    result = {"step": 10, "eval_loss": 2.0, "peers": (Peer("b", 30, 0.1),), "last": False}
     assert search.asha.on_trial_result(search, search.trials["a"], result) == "CONTINUE"
     low, high = reversed([recorded for _, recorded in search.asha._rungs])
     assert (low, high) == ({"tune-a": -2.0}, {"b": -0.1})

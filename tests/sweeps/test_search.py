@@ -74,10 +74,15 @@ def test_pruned_is_pruned_with_its_intermediate_values(search) -> None:
     assert studies.best(records) == records[0]
 
 
-def test_a_trial_that_passed_too_early_is_pruned_where_it_stands(search) -> None:
+def test_a_trial_that_passed_too_early_is_pruned_where_it_stands(search, capsys) -> None:
     _, records = search([21, 20, 8], scheduler={"grace_period": 0.5, "reduction_factor": 2})
     assert [record.state for record in records] == ["COMPLETE", "PRUNED", "PRUNED"]
     assert sorted(in_optuna()[1].intermediate_values) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    told = [
+        next(k for k, line in enumerate(lines) if word in line) for word in ("t0001  PRUNED", "t0002  RUN", "at step 8")
+    ]
+    assert told == sorted(told), "at once, and its place was free"
 
 
 def test_each_failure_stays_its_own_trials(search) -> None:

@@ -49,8 +49,8 @@ def checkpoint(directory: Path, report: Report) -> Path:
 
 def test_tune_is_told_the_report_and_its_peers(run, told) -> None:
     run(REPORTED)
-    assert told == [REPORTED.as_dict() | {"peers": REPORTED.peers}]
-    assert "peers" not in REPORTED.as_dict()
+    assert told == [REPORTED.as_dict() | {"peers": REPORTED.peers, "last": False}]
+    assert not {"peers", "last"} & REPORTED.as_dict().keys()
 
 
 def test_a_trial_that_had_ended_before_its_run_was_interrupted_tells_its_last_report(run, told, tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def test_checkpointing_keeps_less_of_each_token(probed) -> None:
     assert probed(gradient_checkpointing=True).token < 0.6 * probed().token
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("at_once", [False, True], ids=["apart", "at-once"])
-def test_the_model_bounds_what_a_pass_really_takes(at_once: bool, tiny, tickets) -> None:
+def test_the_model_bounds_what_a_pass_really_takes(at_once: bool, dropout: float, tiny, tickets) -> None:
     """Against torch's own record of a step of four trials with their real batches."""
-    training = TrainingSpec(r=8, per_device_train_batch_size=8)
+    training = TrainingSpec(r=8, per_device_train_batch_size=8, lora_dropout=dropout)
     engine = Engine(tiny, tickets, capacity=4)
     engine.at_once = at_once
     model = probe.memory(engine, training)

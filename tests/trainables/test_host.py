@@ -140,6 +140,17 @@ def test_an_evicted_trials_slot_goes_to_the_one_that_waits(trial, engines, submi
     ]
 
 
+def test_a_trial_that_is_over_trains_nowhere_again(trial, engines, submit) -> None:
+    """Stopped on its way to a slot, when no engine has it: it must not come to one later."""
+    both = engines(2, capacity=1)
+    ray.get(host.evict(both, "stopped", for_good=True))
+    future, reports = submit(both, trial("stopped"))
+    future.result(timeout=60)
+    assert not reports
+    assert [ray.get(engine.occupancy.remote()) for engine in both] == [Occupancy(1, {})] * 2
+    assert not ray.get(both[0].reserve.remote("stopped", placement.bucket(trial("stopped").training), moves=True))
+
+
 def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(trial, engines, submit) -> None:
     engine, _ = engines(2, capacity=1)
     bucket = placement.bucket(trial("a").training)
@@ -161,7 +172,7 @@ def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(tr
 
 def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, engines, submit, tmp_path: Path) -> None:
     both = engines(2, capacity=2)
-    configs = [trial("a", num_train_epochs=12), trial("b", num_train_epochs=50), trial("c", num_train_epochs=12, r=8)]
+    configs = [trial("a", num_train_epochs=8), trial("b", num_train_epochs=50), trial("c", num_train_epochs=8, r=8)]
     running = []
     for config in configs:  # to engines 0, 1 and 0
         running.append(submit(both, config))
@@ -238,7 +249,7 @@ def test_an_engine_holds_as_many_as_its_memory_does(trial, engines) -> None:
 
 def test_a_lost_engine_comes_back_and_its_trials_go_on(trial, engines, submit, tmp_path: Path) -> None:
     one = engines(1, capacity=2)
-    config = trial("watched", num_train_epochs=12)
+    config = trial("watched", num_train_epochs=8)
     future, reports = submit(one, config)
     wait_for(reports, 2)
     accounts = host.Accounts(one)

@@ -123,6 +123,21 @@ def test_gradients_are_the_slope_of_the_loss(
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.02)
 
 
+def test_dropout_makes_up_for_what_it_leaves_out(engine: Engine, admit: Admit) -> None:
+    """On average an adapter adds what it adds without."""
+    slot, group = admit("watched", lora_dropout=0.3), engine.packed[0].group
+    x = torch.randn(40, engine.packed[0].layer.in_features, generator=torch.Generator().manual_seed(1))
+
+    def added(micro_batch: int | None) -> torch.Tensor:
+        outputs = [x.new_zeros(len(x), layer.layer.out_features) for layer in group.layers]
+        slot.adapter(micro_batch).alone(len(x)).adapt(group, x, outputs)
+        return torch.cat(outputs, 1)
+
+    whole, masked = added(None), torch.stack([added(k) for k in range(300)])
+    assert float((masked[0] - whole).norm() / whole.norm()) > 0.3
+    assert float((masked.mean(0) - whole).norm() / whole.norm()) < 0.1
+
+
 def test_a_slot_that_does_not_step_is_untouched(engine: Engine, admit: Admit) -> None:
     steps, rests = admit("steps", weight_decay=0.5), admit("rests", weight_decay=0.5)
     engine.advance()

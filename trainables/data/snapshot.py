@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import files, paths
@@ -38,6 +39,14 @@ class Snapshot:
         for row in rows:
             row["messages"] = json.loads(row["messages"])
         return rows
+
+    def highest_token(self) -> int:
+        """Of all splits; -1 where they are empty."""
+        columns = [
+            pq.read_table(self.directory / f"{split}.parquet", columns=["input_ids"]).column(0) for split in SPLITS
+        ]
+        found = [pc.max(pc.list_flatten(column)).as_py() for column in columns]
+        return max((token for token in found if token is not None), default=-1)
 
     def count(self, split: str) -> int:
         return self.manifest["splits"][split]["rows"]
