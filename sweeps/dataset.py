@@ -27,27 +27,27 @@ def prepared(definition: SweepDefinition, log: prepare.Log = say) -> Snapshot:
     """The snapshot, made now or found from before; its page stands beside it, also where the data is refused.
 
     Raises:
-        ValueError: the data cannot be read, has errors, has tokens that the base does not know, or has nothing that
-            the gate could compare.
+        ValueError: as ``examined``, or the data has errors, or nothing that the gate could compare.
     """
     manifest, made = examined(definition, log)
     try:
         data = prepare.accepted(manifest, made, log)
     except ValueError as error:
         raise ValueError(f"{error}; all of it: {paths.data_page(manifest['dataset_hash'])}") from None
-    _check_tokens(definition.base_model, data)
     _check_gate(definition, data)
     log(summary_line(data))
     return data
 
 
-def _check_tokens(spec: BaseModelSpec, data: Snapshot) -> None:
+def _check_tokens(spec: BaseModelSpec, padding: int | None, data: Snapshot) -> None:
     """The base has an embedding for each: on a GPU one that it has not ends an engine's process, with all trials."""
-    known, highest = base.vocabulary(spec), data.highest_token()
+    known = base.vocabulary(spec)
+    highest = max(data.highest_token(), -1 if padding is None else padding)
     if highest >= known:
         raise ValueError(
             f"base_model: must have embeddings for every token that its tokenizer makes of the data, but has {known} "
-            f"and the data has token {highest}; take the tokenizer that it was trained with, or resize its embeddings"
+            f"and {'pads with' if highest == padding else 'the data has'} token {highest}; take the tokenizer that it "
+            "was trained with, or resize its embeddings"
         )
 
 
@@ -81,12 +81,18 @@ def _check_metric(place: str, metric: str, expected: list[str], whose: str, fiel
 
 
 def examined(definition: SweepDefinition, log: prepare.Log = say) -> tuple[dict[str, Any], Snapshot | None]:
-    """The manifest, and the snapshot where no finding is an error; the page is written either way."""
+    """The manifest, and the snapshot where no finding is an error; the page is written either way.
+
+    Raises:
+        ValueError: the data cannot be read, or has tokens that the base does not know.
+    """
     tokenizer = base.load_tokenizer(definition.base_model)
     asked = suites.read(definition.evaluation, definition.data.task_prefixes)
     completion_only = definition.training.completion_only_loss
     manifest, made = prepare.examine(definition.data, tokenizer, completion_only, log, asked)
     write_page(definition.name, manifest)
+    if made is not None:
+        _check_tokens(definition.base_model, tokenizer.pad_token_id, made)
     return manifest, made
 
 

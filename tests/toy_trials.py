@@ -17,7 +17,7 @@ from ray.tune import Checkpoint
 def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from: dict[str, str]) -> None:
     """Eight steps of falling loss. ``r`` chooses what goes wrong: 1 NaN, 2 no loss, 3 raises, 4 dies once, 5 nothing
     reported, 6 out of memory, 7 tells of its process; 8 and up nothing. 20 is at a rung with its engine's others first,
-    and then says nothing for long; 21 comes there after it. Higher learning rates end lower.
+    and reports no more until 21 has come there too. Higher learning rates end lower.
     """
     r, start = config["r"], _start(resume_from.get(config["trial_id"]))
     time.sleep(0.3)
@@ -31,10 +31,8 @@ def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from
     if r == 7:
         tune.report({"failure_reason": "error", "failure_message": ray.get_runtime_context().get_runtime_env_string()})
         return
-    passed = Path(tune.get_context().get_trial_dir()).parent / "passed"
-    for _ in range(600 if r == 21 else 0):
-        if not passed.exists():
-            time.sleep(0.05)
+    shared = Path(tune.get_context().get_trial_dir()).parent
+    _wait_for(shared / "passed", r == 21)
     for step in range(start + 1, 9):
         if r == 4 and step == 5 and start == 0:
             os._exit(1)
@@ -42,9 +40,15 @@ def toy_trial(config: dict[str, Any], definition: Any, dataset: str, resume_from
         if r == 1 and step == 2:
             loss = float("nan")
         _report(step, loss, with_loss=r != 2, beside=r in (20, 21))
-        if r == 20 and step == 2:
-            passed.touch()
-            time.sleep(2)
+        if r in (20, 21) and step == 2:  # its report is judged
+            (shared / {20: "passed", 21: "outdone"}[r]).touch()
+            _wait_for(shared / "outdone", r == 20)
+
+
+def _wait_for(file: Path, needed: bool) -> None:
+    deadline = time.monotonic() + 60
+    while needed and not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _start(handed: str | None) -> int:

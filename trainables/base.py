@@ -53,9 +53,9 @@ def vocabulary(spec: BaseModelSpec) -> int:
         config = AutoConfig.from_pretrained(
             source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+        return config.get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"base_model: {spec.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from None
-    return config.get_text_config().vocab_size
 
 
 def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:

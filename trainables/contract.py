@@ -73,7 +73,7 @@ class Report:
     peers: tuple[Peer, ...] = ()
     """Beside which the trial was evaluated: whoever judges it may judge them together."""
     last: bool = False
-    """The trial has come to its end with it."""
+    """A packed trial has come to its end with it; of others it is not said."""
 
     def as_dict(self) -> dict[str, Any]:
         """What the report says of its own trial's training."""

@@ -78,11 +78,18 @@ def test_a_trial_that_passed_too_early_is_pruned_where_it_stands(search, capsys)
     _, records = search([21, 20, 8], scheduler={"grace_period": 0.5, "reduction_factor": 2})
     assert [record.state for record in records] == ["COMPLETE", "PRUNED", "PRUNED"]
     assert sorted(in_optuna()[1].intermediate_values) == [1, 2]
-    lines = capsys.readouterr().err.splitlines()
-    told = [
-        next(k for k, line in enumerate(lines) if word in line) for word in ("t0001  PRUNED", "t0002  RUN", "at step 8")
-    ]
-    assert told == sorted(told), "at once, and its place was free"
+    table = capsys.readouterr().err
+    assert table.index("t0001  PRUNED") < table.index("at step 8"), "at once"
+
+
+def test_a_trial_that_is_tried_again_is_not_over(monkeypatch) -> None:
+    told: list[tuple[str, bool]] = []
+    monkeypatch.setattr(runner.host, "evict", lambda _, name, for_good=False: told.append((name, for_good)))
+    slots = runner._Slots(SimpleNamespace(engines=[None]), 4)  # type: ignore[arg-type]
+    for name in ("complete", "error", "recover"):
+        trial = SimpleNamespace(config={"trial_id": name})
+        getattr(slots, f"on_trial_{name}")(iteration=1, trials=[trial], trial=trial)
+    assert told == [("complete", True), ("error", True), ("recover", False)]
 
 
 def test_each_failure_stays_its_own_trials(search) -> None:

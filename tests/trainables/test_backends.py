@@ -121,6 +121,7 @@ def test_patience_ends_a_trial_that_stops_learning(backend, trial, tmp_path: Pat
     reports = run(backend, config, tmp_path)
     assert len(reports) < 6
     assert math.isfinite(reports[-1][0].eval_loss)
+    assert [report.last for report, _ in reports] == [False] * (len(reports) - 1) + [backend is packed.run_trial]
 
 
 def test_accumulation_makes_the_same_steps(backend, trial, tmp_path: Path) -> None:

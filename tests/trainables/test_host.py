@@ -117,6 +117,7 @@ def test_trials_on_two_engines_are_what_they_would_be_alone(trial, engines, subm
     for config, (future, reports) in zip(configs, running, strict=True):
         future.result(timeout=120)
         assert curve(reports) == alone(config, tmp_path / f"alone-{config.trial_id}")
+        assert [report.last for report in reports] == [False] * (len(reports) - 1) + [True]
     found = host.Accounts(both).last()
     assert {stay["trial_id"] for account in found for stay in account["stays"]} == {"a", "b", "c"}
     assert all(account["counters"]["base_loads"] == 1 for account in found)
@@ -172,7 +173,7 @@ def test_a_slot_is_kept_for_a_trial_until_it_comes_and_not_before_it_has_left(tr
 
 def test_a_trial_moves_to_an_engine_that_has_run_dry_and_stays_the_same(trial, engines, submit, tmp_path: Path) -> None:
     both = engines(2, capacity=2)
-    configs = [trial("a", num_train_epochs=8), trial("b", num_train_epochs=50), trial("c", num_train_epochs=8, r=8)]
+    configs = [trial("a", num_train_epochs=12), trial("b", num_train_epochs=50), trial("c", num_train_epochs=8, r=8)]
     running = []
     for config in configs:  # to engines 0, 1 and 0
         running.append(submit(both, config))

@@ -42,10 +42,10 @@ class Snapshot:
 
     def highest_token(self) -> int:
         """Of all splits; -1 where they are empty."""
-        columns = [
+        columns = (
             pq.read_table(self.directory / f"{split}.parquet", columns=["input_ids"]).column(0) for split in SPLITS
-        ]
-        found = [pc.max(pc.list_flatten(column)).as_py() for column in columns]
+        )
+        found = (pc.max(pc.list_flatten(column)).as_py() for column in columns)
         return max((token for token in found if token is not None), default=-1)
 
     def count(self, split: str) -> int:
