@@ -32,13 +32,7 @@ def load_tokenizer(spec: BaseModelSpec) -> Any:
     Raises:
         ValueError: the directory or hub id holds no tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        name = spec.model_name_or_path
-        raise ValueError(f"base_model: {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    tokenizer = _loaded(AutoTokenizer, spec, "has no tokenizer that can be loaded")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -49,13 +43,7 @@ def vocabulary(spec: BaseModelSpec) -> int:
     Raises:
         ValueError: the directory or hub id holds no model.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-        return config.get_text_config().vocab_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"base_model: {spec.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    return _loaded(AutoConfig, spec, "cannot be loaded").get_text_config(decoder=True).vocab_size
 
 
 def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
@@ -70,19 +58,16 @@ def load_model(spec: BaseModelSpec, quantized: bool = True) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM  # twice what all else here takes; a driver loads no model
 
     dtype = compute_dtype(spec)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source(spec),
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=_attention(spec),
-            quantization_config=_nf4(spec, dtype) if quantized and spec.quantization == "nf4" else None,
-            device_map={"": device()},
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"base_model: {spec.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from None
+    model = _loaded(
+        AutoModelForCausalLM,
+        spec,
+        "cannot be loaded",
+        dtype=dtype,
+        attn_implementation=_attention(spec),
+        quantization_config=_nf4(spec, dtype) if quantized and spec.quantization == "nf4" else None,
+        device_map={"": device()},
+        use_safetensors=True,
+    )
     model.config.use_cache = True
     return model.eval()
 
@@ -147,6 +132,20 @@ def fingerprint(spec: BaseModelSpec) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _loaded(kind: Any, spec: BaseModelSpec, otherwise: str, **options: Any) -> Any:
+    """What ``kind.from_pretrained`` makes of the base.
+
+    Raises:
+        ValueError: it cannot; with the words ``otherwise``.
+    """
+    try:
+        return kind.from_pretrained(
+            source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base_model: {spec.model_name_or_path!r} {otherwise}: {_first_line(error)}") from None
 
 
 def _nf4(spec: BaseModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
