@@ -69,19 +69,10 @@ _NO_KERNEL = {
 def environment(scratch: Path) -> dict[str, str]:
     """With what a process of Python has the guard; compiles it into ``scratch``."""
     home = Path(torch.__file__).parent
-    (scratch / "guard.cpp").write_text(GUARD, encoding="utf-8")
-    library = scratch / "guard.so"
-    compiler = [
-        "g++",
-        "-std=c++20",
-        "-shared",
-        "-fPIC",
-        f"-I{home}/include",
-        f"{scratch}/guard.cpp",
-        "-o",
-        str(library),
-    ]
-    subprocess.run([*compiler, f"-L{home}/lib", "-lc10", "-ltorch_cpu"], check=True)
+    source, library = scratch / "guard.cpp", scratch / "guard.so"
+    source.write_text(GUARD, encoding="utf-8")
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "-lc10", "-ltorch_cpu"]
+    subprocess.run(["g++", str(source), "-o", str(library), *options], check=True)
     return dict(os.environ) | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": f"{home}/lib"}
 
 
