@@ -1,12 +1,11 @@
 """A GPU for a machine without one: its tensors have a device, a shape and a type, but nothing in them.
 
 What a pass asks of it goes through torch's own rules for shapes and devices (``FakeTensorMode``). So it shows tensors
-that are on the wrong device, what waits for the device, and how many kernels it is asked for; not one number. Autograd
-needs a guard for the device, which a CPU build of torch has not: a few lines of C++, loaded before torch.
+that are on the wrong device, and what waits for the device; not one number. Autograd needs a guard for the device,
+which a CPU build of torch has not: a few lines of C++, loaded before torch.
 
-    python tests/fake_cuda.py BASE QUANTIZATION
-
-drives an engine over a base with mixed trials and prints what it saw as one JSON line.
+As a program, in the ``environment`` that has the guard, it drives an engine over the base in a directory with mixed
+trials, and prints what it saw as one JSON line.
 """
 
 from __future__ import annotations
@@ -59,12 +58,6 @@ namespace at { C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks) }
 TRIALS = ((8, 0.0), (8, 0.0), (8, 0.1), (8, 0.1), (16, 0.1))
 """Rank and dropout: two stacks, and one by itself."""
 
-_NO_KERNEL = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    "_unsafe_view",
-}  # fmt: skip
-
 
 def environment(scratch: Path) -> dict[str, str]:
     """With what a process of Python has the guard; compiles it into ``scratch``."""
@@ -76,28 +69,20 @@ def environment(scratch: Path) -> dict[str, str]:
     return dict(os.environ) | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": f"{home}/lib"}
 
 
-class Seen:
-    """What the device was asked for since the last ``taken``."""
+class Waits(collections.Counter[str]):
+    """For the device, by what waited and where in our own code."""
 
-    def __init__(self) -> None:
-        self.waits, self.kernels = collections.Counter[str](), 0
-
-    def wait(self, what: str) -> None:
+    def note(self, what: str) -> None:
         own = [frame for frame in traceback.extract_stack() if "/trainables/" in frame.filename]
-        self.waits[f"{what} in {Path(own[-1].filename).stem}.{own[-1].name}" if own else what] += 1
-
-    def taken(self) -> dict[str, Any]:
-        found = {"waits": dict(self.waits), "kernels": self.kernels}
-        self.waits, self.kernels = collections.Counter(), 0
-        return found
+        self[f"{what} in {Path(own[-1].filename).stem}.{own[-1].name}" if own else what] += 1
 
 
 class FakeCuda(TorchDispatchMode):
     """Calls that concern the device are worked out without it, all others are made."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, waits: Waits) -> None:
         super().__init__()
-        self.seen, self.fake = seen, FakeTensorMode(allow_non_fake_inputs=True)
+        self.waits, self.fake = waits, FakeTensorMode(allow_non_fake_inputs=True)
         FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
         fake_tensor.init_gpu_context = lambda *_: None
 
@@ -109,11 +94,10 @@ class FakeCuda(TorchDispatchMode):
         if not any(isinstance(leaf, FakeTensor) or leaf == torch.device("cuda", 0) for leaf in leaves if _kind(leaf)):
             return func(*args, **kwargs)
         name = str(func).split(".")[1]
-        self.seen.kernels += name not in _NO_KERNEL
         if name in ("copy_", "_to_copy"):
             there, here = kwargs.get("device") or args[0].device, args[-1 if name == "_to_copy" else 1].device
             if there.type != here.type and True not in (*args[2:], kwargs.get("non_blocking")):
-                self.seen.wait("copy")
+                self.waits.note("copy")
         with self.fake:
             return func(*args, **kwargs)
 
@@ -125,9 +109,9 @@ def _kind(leaf: object) -> bool:
     return isinstance(leaf, FakeTensor | torch.device)
 
 
-def install(seen: Seen) -> FakeCuda:
+def install(waits: Waits) -> FakeCuda:
     """Make this process have a GPU; what it is asked to tell is ones, and noted as a wait."""
-    mode = FakeCuda(seen)
+    mode = FakeCuda(waits)
 
     def tells(name: str, answer: Any) -> None:
         kind, real = FakeTensor if name in vars(FakeTensor) else torch.Tensor, getattr(torch.Tensor, name)
@@ -135,7 +119,7 @@ def install(seen: Seen) -> FakeCuda:
         def told(tensor: torch.Tensor, *args: Any) -> Any:
             if not isinstance(tensor, FakeTensor):
                 return real(tensor, *args)
-            seen.wait(name)
+            waits.note(name)
             return answer(tensor)
 
         setattr(kind, name, told)
@@ -152,7 +136,7 @@ def install(seen: Seen) -> FakeCuda:
     }  # fmt: skip
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)
-    torch.cuda.synchronize = lambda *_: seen.wait("synchronize")  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: waits.note("synchronize")  # type: ignore[assignment]
     return mode
 
 
@@ -201,9 +185,9 @@ class _Rows:
         return found
 
 
-def main(directory: str, quantization: str) -> None:
-    seen = Seen()
-    mode = install(seen)
+def main(directory: str) -> None:
+    waits = Waits()
+    mode = install(waits)
     from trainables import engine as engines
     from trainables import probe
     from trainables.contract import TrialConfig
@@ -211,9 +195,9 @@ def main(directory: str, quantization: str) -> None:
 
     _load_on_cpu_and_move(mode)
     engines._ALIKE[torch.bfloat16] = float("inf")  # no loss is known
-    spec = BaseModelSpec(model_name_or_path=directory, quantization=quantization)  # type: ignore[arg-type]
+    spec = BaseModelSpec(model_name_or_path=directory)
     with mode, torch.autograd.set_multithreading_enabled(False):  # whose threads would know nothing of the mode
-        engine = engines.Engine(spec, _Rows(), capacity=8, gradient_checkpointing=quantization == "nf4")  # type: ignore[arg-type]
+        engine = engines.Engine(spec, _Rows(), capacity=len(TRIALS), gradient_checkpointing=True)  # type: ignore[arg-type]
         largest = TrainingSpec(r=16, lora_dropout=0.1, evals_per_epoch=1)
         probe.memory(engine, largest)
         for k, (r, dropout) in enumerate(TRIALS):
@@ -230,9 +214,9 @@ def main(directory: str, quantization: str) -> None:
             engine.admit(TrialConfig(f"t{k}", spec, training, "", 8))
         steps, events = list[dict[str, Any]](), list[str]()
         while engine.slots:
-            seen.taken()
+            waits.clear()
             before, found = engine.counters.passes, engine.advance()
-            steps.append({"evaluated": bool(found), "passes": engine.counters.passes - before, **seen.taken()})
+            steps.append({"evaluated": bool(found), "passes": engine.counters.passes - before, "waits": dict(waits)})
             events += [getattr(event, "message", "evaluated") for event in found]
     print(json.dumps({"steps": steps, "events": events}))
 

@@ -251,6 +251,7 @@ class Group:
 
     @cached_property
     def columns(self) -> list[torch.Tensor]:
+        """Of each layer that adapters have, for their masks; made for the first that has dropout."""
         own = [(place, self.layers[member].layer) for member, place in self.adapted]
         return [mask_columns(place, layer.in_features, layer.weight.device) for place, layer in own]
 

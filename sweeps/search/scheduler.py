@@ -91,12 +91,12 @@ class WatchedASHA(AsyncHyperBandScheduler):
         self._await(result.get("peers", ()))
         self._turn_of(trial)
         rung = self._rung(result["step"])
-        passes = rung is not None and trial.trial_id not in rung
+        comes = rung is not None and trial.trial_id not in rung
         decision = super().on_trial_result(tune_controller, trial, result)
         self._passed.pop(trial.trial_id, None)
         if decision == TrialScheduler.STOP:
             self.ledger.write(trial.trial_id, Verdict("PRUNED"))
-        elif rung is not None and passes and result.get("peers") and not result["last"]:
+        elif rung is not None and comes and result.get("peers") and not result["last"]:
             self._passed[trial.trial_id] = _Pass(trial, rung, result["step"])
         self._take_back(tune_controller, trial)
         return decision

@@ -26,7 +26,7 @@ def seen(tiny, tmp_path_factory) -> dict[str, Any]:
     scratch = tmp_path_factory.mktemp("fake")
     base = another_base(tiny, scratch / "base", num_hidden_layers=2)
     done = subprocess.run(
-        [sys.executable, str(Path(fake_cuda.__file__)), base.model_name_or_path, "nf4"],
+        [sys.executable, str(Path(fake_cuda.__file__)), base.model_name_or_path],
         env=fake_cuda.environment(scratch),
         capture_output=True,
         text=True,
